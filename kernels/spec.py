@@ -1,0 +1,54 @@
+"""What a kernel is made from: a pure function of a layer's shape, not of the layer."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+Layout = Literal["last", "channels_first", "channels_last"]
+
+
+class KernelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kernel to generate. Equal layers give equal specs and so share a kernel.
+
+    `chunk` is the widest chunk of the site (`features` in `seeds` chunks as `torch.tensor_split` cuts them);
+    rows are symbolic and so not part of it. `arch` is e.g. `cuda:90`, or `any` where nothing was asked for.
+    """
+
+    kind: str
+    features: int
+    seeds: int
+    chunk: int
+    slots: int
+    rank: int
+    blueprint: str
+    blend: str
+    epilogue: str | None
+    layout: Layout
+    dtype: str
+    arch: str = "any"
+
+    @property
+    def name(self) -> str:
+        """Readable and derived from the fields: `forward_bottleneck_h4096_s1024_k64_r16_bf16`."""
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+        return (
+            f"{self.kind}_{self.blueprint}_h{self.features}_s{self.seeds}_k{self.slots}_r{self.rank}"
+            f"_{short.get(self.dtype, self.dtype)}"
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, hex."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Launch parameters of one kernel."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+    num_stages: int

@@ -1,0 +1,105 @@
+"""`Config`: every option of `morphc.compile`, checked where it is made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from morphc.errors import ConfigError, UnknownNameError
+
+SCHEMA_VERSION = 1
+KINDS = ("linear", "conv", "norm", "embedding", "attention", "rnn")
+BLENDS = ("residual", "lerp", "multiply", "gate")
+BACKENDS = ("auto", "torch", "triton")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of a compiled model.
+
+    seeds_per_layer: seeds of every site: a ceiling (int), a strict `{path pattern: n}`, or `"auto"`.
+    slots: slots of every site; None for min(seeds, max(4, 10 %)) within 2 % of the host's memory in all.
+    rank: hidden width of a slot's module.
+    blueprint: name, or tuple of names, of the modules a slot can hold.
+    blend: how an active seed joins its chunk: `residual`, `lerp`, `multiply` or `gate`.
+    kinds: which kinds of layer get a site, out of `linear conv norm embedding attention rnn`.
+    include, exclude: fnmatch patterns over site paths.
+    telemetry_every: sample every n-th training forward; 0 turns telemetry off.
+    near_zero: |x| at or below it counts as dead (0.0: exact zeros only).
+    gradient_telemetry: also sample gradients (one more buffer of the activation's size while it runs).
+    seed_lr: factor on the learning rate of the user's first parameter group.
+    backend: `torch`, `triton` or `auto`.
+    max_overhead: bound of a site's predicted cost over its host layer's, for `seeds_per_layer="auto"`.
+    widen_init: in-weights of `widen` at birth: `random`, or `gradient` as GradMax does.
+    """
+
+    seeds_per_layer: int | dict[str, int] | Literal["auto"] = "auto"
+    slots: int | None = None
+    rank: int = 16
+    blueprint: str | tuple[str, ...] = "bottleneck"
+    blend: str = "residual"
+    kinds: tuple[str, ...] = ("linear", "conv")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    telemetry_every: int = 16
+    near_zero: float = 0.0
+    gradient_telemetry: bool = False
+    seed_lr: float = 1.0
+    backend: str = "auto"
+    max_overhead: float = 0.02
+    widen_init: Literal["random", "gradient"] = "random"
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        spl = self.seeds_per_layer
+        counts = spl.items() if isinstance(spl, dict) else [("", spl)] if isinstance(spl, int) else []
+        for pattern, count in counts:
+            name = f"seeds_per_layer[{pattern!r}]" if pattern else "seeds_per_layer"
+            _at_least(name, count, 1, 'give 1 or more, or "auto"; leave a layer out with exclude=')
+        if isinstance(spl, str) and spl != "auto":
+            raise ConfigError(f'seeds_per_layer={spl!r} is no count; give an int, a dict or "auto"')
+        if self.slots is not None:
+            _at_least("slots", self.slots, 1, "give 1 or more, or None for the default")
+        _at_least("rank", self.rank, 1, "give 1 or more")
+        _at_least("telemetry_every", self.telemetry_every, 0, "give 0 (off) or more")
+        for option, value in (("near_zero", self.near_zero), ("seed_lr", self.seed_lr)):
+            if not 0.0 <= value < float("inf"):
+                raise ConfigError(f"{option}={value!r} must be finite and not negative")
+        if not 0.0 < self.max_overhead <= 1.0:
+            raise ConfigError(f"max_overhead={self.max_overhead!r} must be above 0 and at most 1 (0.02 is 2 %)")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UnknownNameError("kind", kind, KINDS)
+        if self.blend not in BLENDS:
+            raise UnknownNameError("blend", self.blend, BLENDS)
+        if self.backend not in BACKENDS:
+            raise UnknownNameError("backend", self.backend, BACKENDS)
+        if not self.blueprints:
+            raise ConfigError("blueprint=() names none; name at least one")
+
+    @property
+    def blueprints(self) -> tuple[str, ...]:
+        """The blueprint names as a tuple."""
+        return (self.blueprint,) if isinstance(self.blueprint, str) else self.blueprint
+
+    def to_json(self) -> bytes:
+        """Canonical JSON with a schema version."""
+        return msgspec.json.encode(self, order="sorted")
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Config:
+        """Inverse of `to_json`. Raises ConfigError naming the field that doesn't fit."""
+        try:
+            config = msgspec.json.decode(data, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"not a morphc config: {error}") from error
+        if config.schema_version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"config has schema_version {config.schema_version}, this morphc reads {SCHEMA_VERSION}"
+            )
+        return config
+
+
+def _at_least(option: str, value: object, bound: int, way_out: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+        raise ConfigError(f"{option}={value!r} is not a whole number of at least {bound}; {way_out}")

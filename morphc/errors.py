@@ -1,0 +1,77 @@
+"""Every error that morphc raises on purpose. `MorphcError` is the base of all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` when a known word is near, followed by the list of what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(names) or 'none'}."
+
+
+class MorphcError(Exception):
+    """Base of every error raised by morphc."""
+
+
+class ConfigError(MorphcError, ValueError):
+    """An option has a value that can't be used. The message names option, value, bound and way out."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that is not registered: blueprint, blend, pass, option, activation."""
+
+    def __init__(self, what: str, word: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {what} {word!r}.{did_you_mean(word, known)}")
+
+
+class UnsupportedHostError(MorphcError, TypeError):
+    """The host can't be compiled in this form; the message names what to pass instead."""
+
+
+class AlreadyMorphedError(UnsupportedHostError):
+    """The host already carries seed sites."""
+
+
+class NotMorphedError(MorphcError, TypeError):
+    """A call that needs a compiled model was given another one."""
+
+
+class ExampleInputError(MorphcError, ValueError):
+    """The example inputs are missing, or the host's forward refuses them."""
+
+
+class HostForwardError(ExampleInputError):
+    """The host's own forward raised; `__cause__` is what it raised and the message where."""
+
+
+class PassError(MorphcError):
+    """A pass failed. The message names the pass, the node, the user's source line and where the dump is."""
+
+
+class VerificationError(MorphcError):
+    """The compiled model differs from its host."""
+
+
+class PlanError(MorphcError, ValueError):
+    """A plan that doesn't fit the model or this version; the message says which field differs."""
+
+
+class CheckpointError(MorphcError, ValueError):
+    """A checkpoint that is truncated, foreign, or of another model."""
+
+
+class FoldError(MorphcError):
+    """A seed can't be folded as asked."""
+
+
+class SeedError(MorphcError, ValueError):
+    """A command to seeds that can't be carried out: bad index, no free slot, wrong state."""
+
+
+class UserCodeError(MorphcError):
+    """The user's model file raised, or holds no usable module."""

@@ -1,0 +1,114 @@
+"""The plan: what compile decided, as plain data that can be printed, saved and given back."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from morphc.kernels.spec import KernelSpec, TuneConfig
+
+SCHEMA_VERSION = 1
+
+Level = Literal["rewritten", "matched", "as_written"]
+
+
+class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pair of layers with a pointwise function between: `output(act(norm(inputs[0](x))) [* inputs[1](x)])`.
+
+    `inputs` holds one path, or two for a gated block: first the one that goes through `activation`, then the
+    one that is multiplied. `norm` is a BatchNorm between them. `shared` is the width of the hidden axis.
+    `obstacle` says why the block can't be widened (a cross-feature op, a second consumer, tied weights);
+    empty when it can.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    activation: str
+    kind: Literal["linear", "gated", "conv"]
+    hidden: int
+    norm: str | None = None
+    obstacle: str = ""
+
+
+class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One watched activation.
+
+    `path` is the layer's first name in `named_modules()` (root: ""), or that of its parameter for a functional
+    layer. `source` is `file:line` of the call. `feature_axis` counts from the end when negative.
+    `parameter` is the parameter's own name for a functional layer, else None. `output_index` is 0 where the
+    layer returns a tuple and the watched value is its first element, else None. `owner` is the module whose
+    forward is wrapped, where that is not the layer itself (the out-projection of a MultiheadAttention).
+    """
+
+    path: str
+    layer_kind: str
+    features: int
+    feature_axis: int
+    dtype: str
+    source: str
+    captured_as: Level
+    why_not_better: str
+    seeds: int = 0
+    slots: int = 0
+    epilogue: str | None = None
+    layer_class: str = ""
+    parameter: str | None = None
+    owner: str | None = None
+    output_index: int | None = None
+    tap_features: int = 0
+    rows: int = 0
+    calls: int = 1
+    owns_input: bool = False
+    block: Block | None = None
+    quantized: bool = False
+    shared_weight: bool = False
+    predicted: dict[str, float] = {}
+    note: str = ""
+
+
+class Miss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layer that got no site, and why. `executed` tells whether the example input reached it."""
+
+    path: str
+    layer_class: str
+    reason: str
+    source: str = ""
+    executed: bool = False
+    candidate: bool = False
+
+
+class RegionNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one module's own forward was captured. `runs` tells whether a graph runs in its place."""
+
+    path: str
+    module_class: str
+    level: Level
+    reason: str
+    source: str
+    runs: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that compile decided. Given back, it is followed without searching again."""
+
+    sites: tuple[Site, ...] = ()
+    specs: tuple[KernelSpec, ...] = ()
+    tuned: dict[str, TuneConfig] = {}
+    misses: tuple[Miss, ...] = ()
+    regions: tuple[RegionNote, ...] = ()
+    model_class: str = ""
+    model_digest: str = ""
+    config: dict[str, object] = {}
+    morphc_version: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, hex."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: equal plans give equal bytes."""
+        return msgspec.json.encode(self, order="sorted")
