@@ -37,6 +37,8 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `path` is the layer's first name in `named_modules()` (root: ""), or that of its parameter for a functional
     layer. `source` is `file:line` of the call. `feature_axis` counts from the end when negative.
+    `region` is the module whose own forward calls the layer. `parameter_share`, `flop_share`: of the whole model's. `dominates`: how many later values can only be reached
+    through this one. `host_flops_per_row`: the host layer's own.
     `parameter` is the parameter's own name for a functional layer, else None. `output_index` is 0 where the
     layer returns a tuple and the watched value is its first element, else None. `owner` is the module whose
     forward is wrapped, where that is not the layer itself (the out-projection of a MultiheadAttention).
@@ -56,6 +58,7 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer_class: str = ""
     parameter: str | None = None
     owner: str | None = None
+    region: str | None = None
     output_index: int | None = None
     tap_features: int = 0
     rows: int = 0
@@ -64,6 +67,13 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block: Block | None = None
     quantized: bool = False
     shared_weight: bool = False
+    executed: bool = True
+    residual_branch: bool = False
+    bottleneck: bool = False
+    dominates: int = 0
+    parameter_share: float = 0.0
+    flop_share: float = 0.0
+    host_flops_per_row: int = 0
     predicted: dict[str, float] = {}
     note: str = ""
 

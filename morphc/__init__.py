@@ -1,0 +1,67 @@
+"""morphc compiles a PyTorch model into one that can grow while it trains.
+
+Everything public is named here and loaded on first use, so that `import morphc` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from morphc import errors
+    from morphc.api import compile, detach, enlarge, report, seeds  # noqa: A004
+    from morphc.checkpoint import load, save
+    from morphc.config import Config
+    from morphc.folding import fold
+    from morphc.lifecycle import Lifecycle
+    from morphc.passes.plan import Plan
+    from morphc.reporting import Report
+    from morphc.version import __version__
+
+__all__ = [
+    "Config",
+    "Lifecycle",
+    "Plan",
+    "Report",
+    "__version__",
+    "compile",
+    "detach",
+    "enlarge",
+    "errors",
+    "fold",
+    "load",
+    "report",
+    "save",
+    "seeds",
+]
+
+_HOME = {
+    "Config": "morphc.config",
+    "Lifecycle": "morphc.lifecycle",
+    "Plan": "morphc.passes.plan",
+    "Report": "morphc.reporting",
+    "__version__": "morphc.version",
+    "compile": "morphc.api",
+    "detach": "morphc.api",
+    "enlarge": "morphc.api",
+    "fold": "morphc.folding",
+    "load": "morphc.checkpoint",
+    "report": "morphc.api",
+    "save": "morphc.checkpoint",
+    "seeds": "morphc.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module("morphc.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'morphc' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,350 @@
+"""The compiler, top to bottom: `compile_program` is the whole pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from msgspec.structs import replace
+from torch import nn
+
+from morphc.config import Config
+from morphc.errors import AlreadyMorphedError, ExampleInputError, PlanError, UnsupportedHostError
+from morphc.kernels import devices
+from morphc.passes.capture import Capture
+from morphc.passes.emit import readable_graphs
+from morphc.passes.find_candidates import FindCandidates
+from morphc.passes.fuse_epilogues import FuseEpilogues
+from morphc.passes.insert_sites import InsertSites
+from morphc.passes.lower import Lower
+from morphc.passes.manager import Pass, PassRecord, parse_passes, run_passes
+from morphc.passes.plan import SCHEMA_VERSION, Plan, RegionNote
+from morphc.passes.plan_chunks import PlanChunks
+from morphc.passes.program import Program
+from morphc.passes.shapes import PropagateShapes
+from morphc.passes.verify import Verify
+from morphc.reporting import Report
+from morphc.version import __version__
+
+VerifyWhen = Literal["auto"] | bool
+_LARGE_BYTES = 1 << 30
+
+
+def default_passes() -> list[Pass]:
+    """The pipeline, in the order it reads."""
+    return [
+        Capture(),
+        PropagateShapes(),
+        FindCandidates(),
+        PlanChunks(),
+        InsertSites(),
+        FuseEpilogues(),
+        Lower(),
+        Verify(),
+    ]
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What `compile_program` returns: the model and its account."""
+
+    model: nn.Module
+    report: Report
+
+
+def compile_program(
+    host: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    verify: VerifyWhen = "auto",
+    share: bool = True,
+    passes: str | Sequence[Pass] | None = None,
+    print_after: Sequence[str] = (),
+    on_print: Callable[[str, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Compiled:
+    """Compile `host`. The public `morphc.compile` returns the model of this."""
+    started = time.perf_counter()
+    program = _program(host, example_inputs, example_kwargs, config, plan, share, progress)
+    steps = _steps(passes)
+    if not _wants_verify(verify, host, program):
+        steps = [step for step in steps if not isinstance(step, Verify)]
+    records = run_passes(program, steps, print_after=print_after, on_print=on_print)
+    if program.model is None:
+        raise UnsupportedHostError("the passes given don't end in a model; end them with lower")
+    _finish(program)
+    report = _report(program, records, time.perf_counter() - started)
+    program.model.__dict__["_morphc_report"] = report
+    return Compiled(program.model, report)
+
+
+def inspect(
+    host: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """What would be chosen, and why not the rest. Installs nothing; a model on meta needs no memory."""
+    started = time.perf_counter()
+    program = _program(host, example_inputs, example_kwargs, config, None, True, progress)
+    steps = [step for step in default_passes() if not isinstance(step, Lower | Verify)]
+    records = run_passes(program, steps)
+    _finish(program)
+    return _report(program, records, time.perf_counter() - started)
+
+
+@dataclasses.dataclass
+class Bisection:
+    """The first pass after which the lowered model differs from its host; None when none does."""
+
+    culprit: str | None
+    lines: list[str]
+
+
+def bisect(
+    host: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+    passes: str | Sequence[Pass] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Bisection:
+    """Run the pipeline pass by pass; after each one lower and compare, without demoting anything."""
+    from morphc.errors import MorphcError
+
+    program = _program(host, example_inputs, example_kwargs, config, None, True, progress)
+    lines: list[str] = []
+    for step in _steps(passes):
+        if isinstance(step, Lower | Verify):
+            continue
+        try:
+            run_passes(program, [step])
+            run_passes(program, [PlanChunks(), Lower(), Verify(strict=True)])
+        except MorphcError as error:
+            lines.append(f"{step.name}: BROKEN: {error}")
+            return Bisection(step.name, lines)
+        notes = [note for note in program.verification if "nondeterministic" in note]
+        lines.append(f"{step.name}: equal{' (' + notes[0] + ')' if notes else ''}")
+    return Bisection(None, lines)
+
+
+def _program(
+    host: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    config: Config | None,
+    plan: Plan | None,
+    share: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> Program:
+    check_host(host)
+    args = _as_args(example_inputs)
+    if args is None and example_kwargs:
+        args = ()
+    program = Program(
+        host, args, dict(example_kwargs or {}), config or Config(), follow=plan, share=share, progress=progress
+    )
+    from morphc.kernels.blueprints import base as blueprints
+
+    for name in program.config.blueprints:
+        blueprints.get(name)
+    if plan is not None:
+        _check_plan(plan, host, config)
+        program.config = config or Config(**plan.config)  # type: ignore[arg-type]
+        program.plan = plan
+        program.demoted = {note.path: note.reason for note in plan.regions if not note.runs}
+    return program
+
+
+def _steps(passes: str | Sequence[Pass] | None) -> list[Pass]:
+    if passes is None:
+        return default_passes()
+    steps = parse_passes(passes) if isinstance(passes, str) else list(passes)
+    # Custom passes alone are put where they see captured graphs with their sites in.
+    own = {step.name for step in default_passes()}
+    if not any(step.name in own for step in steps):
+        pipeline = default_passes()
+        at = next(i for i, step in enumerate(pipeline) if isinstance(step, Lower))
+        return [*pipeline[:at], *steps, *pipeline[at:]]
+    return steps
+
+
+def check_host(host: object) -> None:
+    """Raises UnsupportedHostError naming what to pass instead."""
+    if not isinstance(host, nn.Module):
+        raise UnsupportedHostError(f"morphc.compile takes an nn.Module, not {type(host).__name__}")
+    name = type(host).__name__
+    if name == "OptimizedModule":
+        raise UnsupportedHostError(
+            "this model went through torch.compile already: pass the module given to torch.compile "
+            "(model._orig_mod), and torch.compile what morphc.compile returns"
+        )
+    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    for path, module in host.named_modules():
+        kind = type(module).__name__
+        if kind in wrappers and type(module).__module__.startswith("torch."):
+            inner = "model.module" if not path else f"the module inside {path!r}"
+            raise UnsupportedHostError(f"this model is wrapped in {kind}: pass {inner}, and wrap what morphc.compile returns")
+        if kind.startswith("FSDP") and hasattr(module, "unshard"):
+            raise UnsupportedHostError("this model was sharded by fully_shard: compile it first, shard it after")
+        if kind == "OptimizedModule":
+            raise UnsupportedHostError(
+                f"{path!r} went through torch.compile already: put its _orig_mod back, and torch.compile the whole after"
+            )
+    if "morphc" in vars(host) or any("morphc" in m._modules for m in host.modules() if not isinstance(m, torch.jit.ScriptModule)):
+        raise AlreadyMorphedError(
+            "this model carries seed sites already: use it as it is, or pass morphc.detach(model) to compile it anew"
+        )
+    if isinstance(host, torch.jit.ScriptModule):
+        raise UnsupportedHostError("this model is TorchScript: pass the nn.Module that it was scripted from")
+    lazy = [n for n, p in host.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise UnsupportedHostError(
+            f"parameter {lazy[0]!r} is lazy and has no shape yet ({len(lazy)} of them): run the model once before compiling"
+        )
+
+
+def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        raise ExampleInputError("example_inputs is a mapping: give keyword arguments as example_kwargs={...}")
+    raise ExampleInputError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tuple of the forward's positional arguments"
+    )
+
+
+def _wants_verify(verify: VerifyWhen, host: nn.Module, program: Program) -> bool:
+    if program.args is None:
+        program.verification = ["not verified: no example inputs were given"]
+        return False
+    if verify != "auto":
+        if not verify:
+            program.verification = ["not verified: verify=False"]
+        return bool(verify)
+    parameters = list(host.parameters())
+    if any(p.device.type == "meta" for p in parameters):
+        program.verification = ["not verified: the model is on the meta device"]
+        return False
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    if size > _LARGE_BYTES:
+        program.verification = [f"not verified: {size / _LARGE_BYTES:.1f} GiB is above 1 GiB; verify=True does it"]
+        return False
+    return True
+
+
+def model_digest(host: nn.Module) -> str:
+    """sha256 over the names, classes and parameter shapes of the model: what a plan must fit."""
+    text = "\n".join(
+        f"{name}:{type(module).__name__}:"
+        + ",".join(f"{n}{list(p.shape)}{p.dtype}" for n, p in module.named_parameters(recurse=False))
+        for name, module in host.named_modules()
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
+    if plan.schema_version != SCHEMA_VERSION:
+        raise PlanError(f"the plan's schema_version is {plan.schema_version}, this morphc reads {SCHEMA_VERSION}")
+    if plan.morphc_version.split(".")[:2] != __version__.split(".")[:2]:
+        raise PlanError(f"the plan's morphc_version is {plan.morphc_version!r}, this is {__version__!r}: compile anew")
+    if plan.model_class != type(host).__qualname__:
+        raise PlanError(f"the plan's model_class is {plan.model_class!r}, this model is a {type(host).__qualname__!r}")
+    modules = dict(host.named_modules())
+    for site in plan.sites:
+        path = site.path.rpartition(".")[0] if site.parameter else site.path
+        if path not in modules:
+            raise PlanError(f"the plan's site {site.path!r} is not in this model")
+        module = modules[path]
+        for name in ("out_features", "out_channels"):
+            width = getattr(module, name, site.features)
+            if not site.parameter and isinstance(width, int) and width != site.features:
+                raise PlanError(f"the plan's site {site.path!r} has features={site.features}, this model's {name}={width}")
+    if plan.model_digest != model_digest(host):
+        raise PlanError("the plan's model_digest differs: the model has other layers or shapes than the plan's")
+    if config is not None:
+        mine = replace(config)
+        for field in mine.__struct_fields__:
+            if field in plan.config and _plain(getattr(mine, field)) != _plain(plan.config[field]):
+                raise PlanError(
+                    f"the plan was made with {field}={plan.config[field]!r}, the config given has "
+                    f"{getattr(mine, field)!r}: leave config out, or compile without the plan"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _finish(program: Program) -> None:
+    import msgspec
+
+    if program.follow is not None:
+        return
+    regions = tuple(
+        RegionNote(
+            r.path,
+            r.module_class,
+            "matched" if r.path in program.demoted else r.level,
+            program.demoted.get(r.path, r.reason),
+            r.source,
+            r.runs,
+        )
+        for r in program.regions.values()
+    )
+    sites = tuple(site for site in program.plan.sites if site.path not in program.unwatched)
+    lost = tuple(
+        _lost(site.path, site.layer_class, program.unwatched[site.path], site.source)
+        for site in program.plan.sites
+        if site.path in program.unwatched
+    )
+    program.plan = replace(
+        program.plan,
+        sites=sites,
+        misses=(*program.plan.misses, *lost),
+        regions=regions,
+        model_class=type(program.host).__qualname__,
+        model_digest=model_digest(program.host),
+        config=msgspec.to_builtins(program.config),
+        morphc_version=__version__,
+    )
+
+
+def _lost(path: str, cls: str, reason: str, source: str) -> Any:
+    from morphc.passes.plan import Miss
+
+    return Miss(path, cls, reason, source, True, True)
+
+
+def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> Report:
+    tree = tuple(
+        (name, type(module).__name__, sum(p.numel() for p in module.parameters(recurse=False)), "")
+        for name, module in program.host.named_modules()
+    )
+    return Report(
+        plan=program.plan,
+        passes=tuple(records),
+        verification=tuple(program.verification),
+        seconds=seconds,
+        graphs=readable_graphs(program),
+        tree=tree,
+    )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+_ = devices

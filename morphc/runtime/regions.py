@@ -1,0 +1,153 @@
+"""Forwards that run in place of a module's own: a rewritten graph, or the own forward with its calls watched.
+
+Both are plain picklable callables set as the instance attribute `forward`, so the module keeps its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.overrides import TorchFunctionMode
+from torch.package import sys_importer
+
+if TYPE_CHECKING:
+    from morphc.runtime.site import SeedSite
+
+
+class RewrittenForward:
+    """Runs a region's graph: one for train, one for eval.
+
+    The graph was traced with the arguments `given`; a call made in any other way runs the module's own forward,
+    whose functional layers are then not watched.
+    """
+
+    def __init__(self, module: nn.Module, graphs: Mapping[str, fx.Graph], given: tuple[str, ...]) -> None:
+        self.module = module
+        self.given = given
+        self.previous = vars(module).get("forward")
+        self.sources = {}
+        for mode, graph in graphs.items():
+            code = graph.python_code("self")
+            self.sources[mode] = _format_import_block(code.globals, sys_importer) + code.src
+        self._load()
+
+    def _load(self) -> None:
+        self.train: Callable[..., Any] = _forward_from_src(self.sources["train"], {})
+        self.eval: Callable[..., Any] = (
+            self.train
+            if self.sources["eval"] == self.sources["train"]
+            else _forward_from_src(self.sources["eval"], {})
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("train", "eval")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._load()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
+
+    def _own(self) -> Callable[..., Any]:
+        own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
+        return own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            names = self.given[len(args) :]
+            if len(names) != len(kwargs) or any(name not in kwargs for name in names):
+                return self._own()(*args, **kwargs)
+            args = (*args, *(kwargs[name] for name in names))
+        if len(args) != len(self.given) or any(arg is None for arg in args):
+            return self._own()(*args, **kwargs)
+        run = self.train if self.module.training else self.eval
+        return run(self.module, *args)
+
+
+class WatchedForward:
+    """Runs a module's own forward and hands the results of its weighted calls to their sites.
+
+    sites: parameter id is looked up on each run, so that a replaced parameter is still found by its name.
+    `functions` are the torch functions that count.
+    """
+
+    def __init__(self, module: nn.Module, sites: Mapping[str, SeedSite], owner_of: Mapping[str, nn.Module]) -> None:
+        self.module = module
+        self.sites = dict(sites)
+        self.owner_of = dict(owner_of)
+        self.previous = vars(module).get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
+
+    def _own(self) -> Callable[..., Any]:
+        own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
+        return own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        watched = {
+            id(getattr(self.owner_of[name], name.rpartition(".")[2])): site for name, site in self.sites.items()
+        }
+        with _Watch(watched):
+            return self._own()(*args, **kwargs)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, watched: dict[int, SeedSite]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _WEIGHTED and isinstance(result, torch.Tensor):
+            operands = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
+            for operand in operands:
+                base = operand._base
+                site = self.watched.get(id(operand)) or (self.watched.get(id(base)) if base is not None else None)
+                if site is not None:
+                    layer_input = next(t for t in operands if t is not operand)
+                    return site(result, layer_input)
+        return result
+
+
+def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found.extend(item for item in value if isinstance(item, torch.Tensor))
+    return found
+
+
+_F = torch.nn.functional
+_WEIGHTED = frozenset(
+    [
+        _F.linear, torch.addmm, torch.Tensor.addmm, torch.mm, torch.Tensor.mm, torch.matmul, torch.Tensor.matmul,
+        torch.Tensor.__rmatmul__, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm,
+        torch.einsum, torch.tensordot, _F.conv1d, _F.conv2d, _F.conv3d, _F.conv_transpose1d,
+        _F.conv_transpose2d, _F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d, _F.embedding,
+        _F.layer_norm, _F.rms_norm, _F.batch_norm, _F.group_norm,
+    ]
+)  # fmt: skip
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo the wrapping of `module.forward`, back to what it was before."""
+    wrapper = vars(module).get("forward")
+    while isinstance(wrapper, RewrittenForward | WatchedForward):
+        if wrapper.previous is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = wrapper.previous
+        wrapper = vars(module).get("forward")

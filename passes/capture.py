@@ -1,0 +1,94 @@
+"""Capture: the ladder, per region.
+
+1. Rewritten: plain symbolic tracing succeeds without a value, in train and in eval mode.
+2. Matched: the recorded run gives a graph for reading.
+3. As written: its control flow reads tensor values, it left torch, or the example never reached it.
+
+A host that refuses its example input is an error of the example; a host that only refuses fake tensors is run on
+real ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from morphc.errors import ExampleInputError, HostForwardError
+from morphc.passes.clone import clone_tree
+from morphc.passes.manager import register_pass
+from morphc.passes.program import CapturedRegion, Program, graphs_hash
+from morphc.passes.recording import Region, is_leaf, record
+from morphc.passes.tracing import trace_region
+
+
+@register_pass
+@dataclass(frozen=True)
+class Capture:
+    """Record one run and trace each region. `symbolic=false` leaves the first rung out."""
+
+    name: ClassVar[str] = "capture"
+    symbolic: bool = True
+
+    def apply(self, program: Program) -> None:
+        if program.regions:
+            return
+        if program.args is None:
+            raise ExampleInputError(
+                "no example inputs: pass example_inputs=(x, ...) as the model's forward takes them "
+                "(on the command line: --input 32x784:f32, or example_inputs in the file)"
+            )
+        recording = record(program.host, program.args, program.kwargs)
+        if recording.error:
+            _explain_failure(program, recording.error, recording.error_source)
+        program.recording = recording
+        clone = clone_tree(program.host)
+        modules = dict(clone.named_modules())
+        for path, region in recording.regions.items():
+            program.regions[path] = _captured(path, region, modules[path], self.symbolic)
+        for path, module in modules.items():
+            if path not in program.regions and path not in recording.layers and not is_leaf(module):
+                reason = "the example input never reached it"
+                program.regions[path] = CapturedRegion(path, type(module).__name__, "as_written", reason, "")
+
+    def ensures(self, program: Program) -> str:
+        missing = [r.path for r in program.regions.values() if r.level != "as_written" and not r.graphs]
+        return f"no graph for {missing[:3]}" if missing else ""
+
+
+def _captured(path: str, region: Region, module: nn.Module, symbolic: bool) -> CapturedRegion:
+    cls = type(module).__name__
+    source = region.source
+    if region.data_dependent:
+        return CapturedRegion(path, cls, "as_written", region.data_dependent, source)
+    reason, where = "symbolic tracing was turned off", source
+    if symbolic:
+        traced = trace_region(region, module)
+        if traced.train is not None and traced.eval is not None:
+            graphs = {"train": traced.train, "eval": traced.eval}
+            for graph in graphs.values():
+                _copy_shapes(region.graph, graph)
+            return CapturedRegion(
+                path, cls, "rewritten", "", source, graphs, traced.given, pristine=graphs_hash(graphs)
+            )
+        reason, where = traced.reason, traced.source or source
+    graphs = {"recorded": region.graph}
+    text = f"{reason} at {where}" if where and where not in reason else reason
+    return CapturedRegion(path, cls, "matched", text, source, graphs, pristine=graphs_hash(graphs))
+
+
+def _copy_shapes(recorded: fx.Graph, traced: fx.Graph) -> None:
+    """Placeholders of the traced graph get the shapes that the recorded run saw."""
+    seen = {node.target: node.meta for node in recorded.nodes if node.op == "placeholder"}
+    for node in traced.nodes:
+        if node.op == "placeholder" and "shape" in seen.get(node.target, {}):
+            node.meta["shape"], node.meta["dtype"] = seen[node.target]["shape"], seen[node.target]["dtype"]
+
+
+def _explain_failure(program: Program, error: str, source: str) -> None:
+    at = f" at {source}" if source else ""
+    raise HostForwardError(
+        f"{type(program.host).__name__}'s own forward fails on the example inputs{at}: {error}. "
+        "Run model(*example_inputs) by hand first; inputs must be on the model's device and of its dtype"
+    )

@@ -1,0 +1,365 @@
+"""Find candidates: which layers get a site, and why each of the others does not.
+
+1. A layer known by its type (`layers.classify`) is a candidate, reached by the example or not.
+2. The out-projection of a MultiheadAttention is read by a fused call and never called itself: its site stands
+   behind the attention, whose first output is the projection's.
+3. A module whose forward is one weighted call (transformers' `Conv1D`, a home-made linear) is a look-alike.
+4. A weighted call with a parameter in any other forward is a functional layer, named by its parameter.
+5. Containers, activations, dropouts and whatever has no weights are no candidates; `kinds`, `include` and
+   `exclude` take candidates out again. Each says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from morphc.config import Config
+from morphc.errors import ConfigError
+from morphc.passes import layers as kinds_of
+from morphc.passes.flow import ACTIVATION_MODULES, Flow, collapse
+from morphc.passes.layers import Shape, WeightedCall
+from morphc.passes.manager import register_pass
+from morphc.passes.plan import Miss, Site
+from morphc.passes.program import Program
+from morphc.passes.recording import Layer, Recording
+from morphc.passes.updates import with_plan
+
+
+@register_pass
+@dataclass(frozen=True)
+class FindCandidates:
+    """Fill the plan's sites and misses. Options add to the config's `include` and `exclude`."""
+
+    name: ClassVar[str] = "find-candidates"
+    include: str | None = None
+    exclude: str | None = None
+
+    def apply(self, program: Program) -> None:
+        if program.plan.sites or program.recording is None:
+            return
+        search = _Search(program, self.include, self.exclude)
+        sites, misses = search.run()
+        program.flow = search.flow
+        with_plan(program, sites=sites, misses=misses)
+
+    def requires(self, program: Program) -> str:
+        return "" if program.recording is not None or program.plan.sites else "nothing was captured yet"
+
+
+class _Search:
+    def __init__(self, program: Program, include: str | None, exclude: str | None) -> None:
+        assert program.recording is not None
+        self.program = program
+        self.recording: Recording = program.recording
+        self.config: Config = program.config
+        self.include = (*self.config.include, *([include] if include else []))
+        self.exclude = (*self.config.exclude, *([exclude] if exclude else []))
+        self.modules = dict(program.host.named_modules())
+        self.shapes: dict[str, Shape] = {}
+        self.owners: dict[str, str] = {}
+        self.calls: dict[str, WeightedCall] = {}
+        self.misses: dict[str, Miss] = {}
+        self.flow = Flow(collapse(self.recording.flow, set(), {}).graph)
+
+    def run(self) -> tuple[tuple[Site, ...], tuple[Miss, ...]]:
+        self._by_type()
+        self._by_computation()
+        activations = {
+            path: ACTIVATION_MODULES[type(m).__name__]
+            for path, m in self.modules.items()
+            if type(m).__name__ in ACTIVATION_MODULES
+        }
+        functional = {call.number: path for path, call in self.calls.items()}
+        self.flow = collapse(self.recording.flow, set(self.shapes), activations, functional)
+        self._outputs()
+        chosen = self._filtered()
+        sites = tuple(self._site(path) for path in chosen)
+        self._account_for_the_rest(set(chosen))
+        return self._annotated(sites), tuple(self.misses.values())
+
+    # -- finding -----------------------------------------------------------------------------------------
+
+    def _by_type(self) -> None:
+        for path, module in self.modules.items():
+            shape = kinds_of.classify(module)
+            if shape is None:
+                continue
+            self.shapes[path] = shape
+            if isinstance(module, nn.MultiheadAttention):
+                name = f"{path}.out_proj".lstrip(".")
+                self.owners[name] = path
+                self.shapes[name] = Shape("linear", module.embed_dim, -1, 0)
+
+    def _by_computation(self) -> None:
+        inner: dict[str, list[WeightedCall]] = {}
+        for call in kinds_of.weighted_calls(self.recording):
+            inner.setdefault(call.regions[-1] if call.regions else "", []).append(call)
+        for path, calls in inner.items():
+            if path in self.shapes or any(region in self.shapes for region in calls[0].regions):
+                continue
+            region = self.recording.regions.get(path)
+            if region is None:
+                continue
+            shape = kinds_of.look_alike(region, self.recording.layers.get(path), calls)
+            if shape is not None:
+                self.shapes[path] = shape
+                continue
+            for call in calls:
+                self._functional(call)
+
+    def _functional(self, call: WeightedCall) -> None:
+        name = call.parameter
+        known = self.calls.get(name)
+        if call.reason or call.features == 0:
+            self._miss(name, call.kind, call.reason or "its output has no feature axis", call.source, True)
+        elif known is None:
+            self.calls[name] = call
+            self.shapes[name] = Shape(call.kind, call.features, call.feature_axis)
+        elif (known.features, known.feature_axis) != (call.features, call.feature_axis):
+            reason = f"used twice, with {known.features} and {call.features} output features; the first is watched"
+            self._miss(f"{name} (at {call.source})", call.kind, reason, call.source, True)
+
+    def _outputs(self) -> None:
+        """Drop layers whose recorded output isn't what their type promises; note tuple outputs."""
+        for path, shape in list(self.shapes.items()):
+            layer = self.recording.layers.get(self.owners.get(path, path))
+            if path in self.calls or layer is None:
+                continue
+            if shape.output_index is None and layer.output_kind == "tuple":
+                shape = self.shapes[path] = Shape(shape.kind, shape.features, shape.feature_axis, 0, shape.quantized)
+            wrong = kinds_of.check_output(shape, layer)
+            if wrong and layer.output_kind != "PackedSequence":
+                del self.shapes[path]
+                self._miss(path, type(self.modules[path]).__name__, wrong, layer.source, True, True)
+
+    # -- choosing ----------------------------------------------------------------------------------------
+
+    def _filtered(self) -> list[str]:
+        chosen, matched = [], False
+        for path in sorted(self.shapes, key=self._order):
+            kind = self.shapes[path].kind
+            cls = self._class_of(path)
+            if not any(fnmatchcase(path, pattern) for pattern in self.include):
+                self._miss(path, cls, f"not matched by include={list(self.include)}", candidate=True)
+                continue
+            matched = True
+            pattern = next((p for p in self.exclude if fnmatchcase(path, p)), None)
+            if kind not in self.config.kinds:
+                self._miss(path, cls, f"its kind {kind!r} is not in kinds={list(self.config.kinds)}")
+            elif pattern is not None:
+                self._miss(path, cls, f"excluded by the pattern {pattern!r}", candidate=True)
+            elif kind == "attention" and self._watched_inside(path):
+                self._miss(path, cls, "its output is that of its out-projection, which is watched")
+            elif self._unreachable(path):
+                self._miss(path, cls, self._unreachable(path), candidate=True)
+            elif self.shapes[path].features < 1:
+                self._miss(path, cls, "it has no output features", candidate=True)
+            else:
+                chosen.append(path)
+        if not matched and self.shapes and tuple(self.include) != ("*",):
+            self._include_error()
+        return chosen
+
+    def _include_error(self) -> None:
+        wanted = self.include[0]
+        near = difflib.get_close_matches(wanted, self.shapes, n=3, cutoff=0.3) or sorted(self.shapes)[:3]
+        raise ConfigError(
+            f"include={list(self.include)} matches none of the {len(self.shapes)} candidate layers; "
+            f"near: {', '.join(map(repr, near))}. Patterns are fnmatch patterns over layer paths"
+        )
+
+    def _watched_inside(self, path: str) -> bool:
+        return "linear" in self.config.kinds and f"{path}.out_proj".lstrip(".") in self.shapes
+
+    def _unreachable(self, path: str) -> str:
+        """Why a site can't be hung there although the layer is a candidate."""
+        owner = path if path in self.modules else path.rpartition(".")[0]
+        module: nn.Module | None = self.modules.get(owner)
+        if module is None:
+            return "its parameter belongs to no module of the tree"
+        parts = owner.split(".") if owner else []
+        for depth in range(len(parts) + 1):
+            if isinstance(self.modules.get(".".join(parts[:depth])), torch.jit.ScriptModule):
+                return "it runs inside TorchScript, where Python can't watch it"
+        if "morphc" in module._modules:
+            return "it has a child named 'morphc', the name that sites live under"
+        return ""
+
+    def _order(self, path: str) -> tuple[int, str]:
+        position = self._positions().get(self.owners.get(path, path) if path not in self.modules else path)
+        if position is None:
+            position = self._positions().get(path.rpartition(".")[0], len(self.modules))
+        return position, path
+
+    def _positions(self) -> dict[str, int]:
+        if not hasattr(self, "_position_of"):
+            self._position_of = {name: index for index, name in enumerate(self.modules)}
+        return self._position_of
+
+    # -- describing --------------------------------------------------------------------------------------
+
+    def _site(self, path: str) -> Site:
+        shape, call = self.shapes[path], self.calls.get(path)
+        owner = self.owners.get(path)
+        layer = self.recording.layers.get(owner if owner is not None else path)
+        region_path = call.regions[-1] if call and call.regions else layer.region if layer else None
+        if region_path is None and path in self.program.regions:
+            region_path = path
+        level, why = self._level(region_path, layer is not None or call is not None)
+        module = self.modules.get(path)
+        executed = layer is not None or call is not None
+        output = self.recording.flow.nodes[call.number]["shape"] if call else layer.output_shape if layer else None
+        dtype = self.recording.flow.nodes[call.number]["dtype"] if call else layer.output_dtype if layer else None
+        if dtype is None and module is not None:
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        input_shape = layer.input_shape if layer else None
+        tap = kinds_of.tap_width(module) if module is not None else 0
+        if not tap and input_shape and shape.kind == "linear":
+            tap = int(input_shape[-1])
+        return Site(
+            path=path,
+            layer_kind=shape.kind,
+            features=shape.features,
+            feature_axis=shape.feature_axis,
+            dtype=kinds_of.dtype_name(dtype),
+            source=call.source if call else layer.source if layer else "",
+            captured_as=level,
+            why_not_better=why,
+            layer_class=self._class_of(path),
+            parameter=path.rpartition(".")[2] if call else None,
+            owner=owner,
+            region=region_path,
+            output_index=shape.output_index,
+            tap_features=tap,
+            rows=kinds_of.rows_of(shape, output),
+            calls=layer.calls if layer else 1,
+            owns_input=self._owns_input(path, module),
+            quantized=shape.quantized,
+            executed=executed,
+            note="" if executed else "not reached by the example input; watched from its type",
+        )  # fmt: skip
+
+    def _owns_input(self, path: str, module: nn.Module | None) -> bool:
+        if module is None or any(not _is_torch(h) for h in module._forward_hooks.values()):
+            return False
+        node = self.flow.node_of.get(path)
+        return node is not None and self.flow.graph.out_degree(node) <= 1
+
+    def _level(self, region: str | None, executed: bool) -> tuple[str, str]:
+        if region is None:
+            return ("rewritten", "") if executed else ("as_written", "the example input never reached it")
+        captured = self.program.regions.get(region)
+        if captured is None:
+            return "rewritten", ""
+        where = f"in the forward of {region or captured.module_class!r}: " if captured.reason else ""
+        return captured.level, f"{where}{captured.reason}"
+
+    def _class_of(self, path: str) -> str:
+        if path in self.modules:
+            return type(self.modules[path]).__name__
+        call = self.calls.get(path)
+        return call.name.rsplit(".", 1)[-1] if call else "function"
+
+    def _annotated(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        from msgspec.structs import replace
+
+        paths = [site.path for site in sites]
+        kinds = {site.path: site.layer_kind for site in sites}
+        features = {site.path: site.features for site in sites}
+        calls = {site.path: site.calls for site in sites}
+        roles = self.flow.roles(paths)
+        tied = _tied(self.program.host)
+        total = sum(p.numel() for p in self.program.host.parameters()) or 1
+        flops = {site.path: self._flops_per_row(site) for site in sites}
+        all_flops = sum(flops[s.path] * s.rows * s.calls for s in sites) or 1
+        result = []
+        for site in sites:
+            role = roles.get(site.path)
+            result.append(
+                replace(
+                    site,
+                    epilogue=None,
+                    block=self.flow.block(site.path, kinds, features, calls),
+                    shared_weight=self._weight_name(site) in tied,
+                    residual_branch=bool(role and role.residual_branch),
+                    bottleneck=bool(role and role.bottleneck),
+                    dominates=role.dominates if role else 0,
+                    parameter_share=self._numel(site) / total,
+                    flop_share=flops[site.path] * site.rows * site.calls / all_flops,
+                    host_flops_per_row=flops[site.path],
+                )
+            )
+        return tuple(result)
+
+    def _weight_name(self, site: Site) -> str:
+        return site.path if site.parameter else f"{site.path}.weight".lstrip(".")
+
+    def _numel(self, site: Site) -> int:
+        module = self.modules.get(site.path)
+        if module is not None:
+            return sum(p.numel() for p in module.parameters(recurse=False))
+        owner, _, name = site.path.rpartition(".")
+        parameter = self.modules[owner]._parameters.get(name)
+        return parameter.numel() if parameter is not None else 0
+
+    def _flops_per_row(self, site: Site) -> int:
+        """Two for each multiply-add: weights touched per position."""
+        return 2 * self._numel(site) if site.layer_kind in ("linear", "conv") else 8 * site.features
+
+    def _account_for_the_rest(self, chosen: set[str]) -> None:
+        for path, module in self.modules.items():
+            if path in chosen or path in self.misses:
+                continue
+            layer = self.recording.layers.get(path)
+            self._miss(
+                path, type(module).__name__, self._why_no_layer(path, module),
+                layer.source if layer else "", layer is not None,
+            )  # fmt: skip
+        for call in kinds_of.weighted_calls(self.recording):
+            fused = call.regions and any(r in self.shapes for r in call.regions)
+            if not fused and call.parameter not in self.shapes and call.parameter not in self.misses:
+                self._miss(call.parameter, call.kind, "its value is not visible outside of its module", call.source, True)
+        for name, owner in self.owners.items():
+            in_proj = f"{owner}.in_proj_weight".lstrip(".")
+            if name in self.shapes and in_proj not in self.misses:
+                reason = "computed inside torch's fused multi_head_attention_forward, which hands out only its end"
+                self._miss(in_proj, "Parameter", reason, executed=owner in self.recording.layers)
+
+    def _why_no_layer(self, path: str, module: nn.Module) -> str:
+        if type(module).__name__ in ACTIVATION_MODULES:
+            return "a pointwise activation: no weights; it may fuse into the site before it"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it runs inside TorchScript, where Python can't watch it"
+        if any(True for _ in module.children()):
+            return "a container: its children are looked at one by one"
+        if not any(True for _ in module.parameters(recurse=False)):
+            return "it has no weights of its own"
+        if path not in self.recording.layers:
+            return "no known kind of layer, and the example input never reached it"
+        return "its forward is not one weighted matmul or convolution"
+
+    def _miss(
+        self, path: str, cls: str, reason: str, source: str = "", executed: bool | None = None, candidate: bool = False
+    ) -> None:
+        layer: Layer | None = self.recording.layers.get(path)
+        seen = executed if executed is not None else layer is not None or path in self.calls
+        where = source or (layer.source if layer else "")
+        self.misses[path] = Miss(path, cls, reason, where, seen, candidate)
+
+
+def _tied(host: nn.Module) -> set[str]:
+    """Names of parameters that are the same tensor under several names."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in host.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name for names in groups.values() if len(names) > 1 for name in names}
+
+
+def _is_torch(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.")

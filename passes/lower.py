@@ -1,0 +1,121 @@
+"""Lower: from plan and graphs to a module that runs.
+
+The host is cloned (new module objects, shared tensors) and the sites are hung into the clone:
+
+1. A layer module: its forward is wrapped at its boundary, whatever its region's level.
+2. A functional layer in a rewritten region: the region's graph, site included, runs in place of the forward.
+3. A functional layer anywhere else: the region's own forward runs, watched for calls with the parameter.
+4. A rewritten region whose graph a pass has changed: the changed graph runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from morphc.passes.clone import clone_tree
+from morphc.passes.manager import register_pass
+from morphc.passes.plan import Site
+from morphc.passes.program import Program, graphs_hash
+from morphc.runtime.attach import SiteRequest, attach
+from morphc.runtime.regions import RewrittenForward, WatchedForward
+from morphc.runtime.site import SeedSite
+
+
+@register_pass
+@dataclass(frozen=True)
+class Lower:
+    """Build `program.model`."""
+
+    name: ClassVar[str] = "lower"
+
+    def apply(self, program: Program) -> None:
+        model = clone_tree(program.host, copy_tensors=not program.share)
+        sites = [site for site in program.plan.sites if site.path not in program.unwatched]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        attach(model, [_request(site, modules) for site in sites], program.config)
+        functional: dict[str, list[Site]] = {}
+        for site in sites:
+            if site.parameter:
+                functional.setdefault(_region_of(site), []).append(site)
+        for path, region in program.regions.items():
+            changed = region.pristine != graphs_hash(region.graphs)
+            region.runs = (
+                region.level == "rewritten" and path not in program.demoted and (changed or path in functional)
+            )
+            if region.runs:
+                wrapped = RewrittenForward(
+                    modules[path], {m: _runnable(g) for m, g in region.graphs.items()}, region.given
+                )
+                vars(modules[path])["forward"] = wrapped
+            elif path in functional:
+                _watch(modules, path, functional[path])
+        for path in functional.keys() - program.regions.keys():
+            _watch(modules, path, functional[path])
+        program.model = model
+
+    def requires(self, program: Program) -> str:
+        return "" if all(site.seeds for site in program.plan.sites) else "some sites have no seeds planned yet"
+
+    def ensures(self, program: Program) -> str:
+        if type(program.model) is not type(program.host):
+            return "the compiled model has another type than its host"
+        return ""
+
+
+def _request(site: Site, modules: dict[str, nn.Module]) -> SiteRequest:
+    owner = site.path.rpartition(".")[0] if site.parameter else site.path
+    layer = modules[owner]
+    like = next(iter(layer.parameters()), None)
+    if like is None:
+        like = next(iter(layer.buffers()), None)
+    device = like.device if like is not None else torch.device("cpu")
+    return SiteRequest(
+        path=site.path,
+        layer=layer,
+        features=site.features,
+        feature_axis=site.feature_axis,
+        seeds=site.seeds,
+        slots=site.slots,
+        dtype=getattr(torch, site.dtype),
+        device=device,
+        kind=site.layer_kind,
+        epilogue=site.epilogue,
+        output_index=site.output_index,
+        block=site.block,
+        parameter=site.parameter,
+        owner=site.owner,
+        tap_features=site.tap_features,
+    )
+
+
+def _region_of(site: Site) -> str:
+    """The module whose forward makes the functional layer's call."""
+    return site.region if site.region is not None else site.path.rpartition(".")[0]
+
+
+def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
+    owners = {site.path: modules[site.path.rpartition(".")[0]] for site in sites}
+    found: dict[str, SeedSite] = {}
+    for site in sites:
+        child = owners[site.path]._modules["morphc"]
+        assert child is not None
+        found[site.path] = child.get_submodule(str(site.parameter))  # type: ignore[assignment]
+    vars(modules[path])["forward"] = WatchedForward(modules[path], found, owners)
+
+
+def _runnable(graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph without the sites of child modules: those are called by the layers themselves."""
+    fresh = fx.Graph()
+    output = fresh.graph_copy(graph, {})
+    if output is not None:
+        fresh.output(output)
+    fresh.set_codegen(graph._codegen)
+    for node in list(fresh.nodes):
+        if node.op == "call_module" and "site" in node.meta and len(node.args) == 1:
+            node.replace_all_uses_with(node.args[0])
+            fresh.erase_node(node)
+    return fresh

@@ -1,0 +1,210 @@
+"""Runs passes and checks them: what changed, whether the graphs still hold together, how long it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from morphc.errors import ConfigError, MorphcError, PassError, UnknownNameError
+from morphc.passes.program import Program
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass with a `name`, its options as fields, and one method.
+
+    `apply` changes `program` in place; whether it changed anything is derived by the manager. A pass may also
+    define `requires(program)` and `ensures(program)`: each returns what is wrong, or an empty string, and is
+    asked before and after on the program as it then is.
+    """
+
+    name: ClassVar[str]
+
+    def apply(self, program: Program) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one run of a pass did."""
+
+    name: str
+    seconds: float
+    modified: bool
+    created: int
+    erased: int
+    diff: str
+
+
+_REGISTRY: dict[str, type[Any]] = {}
+
+
+def register_pass(cls: type[Any]) -> type[Any]:
+    """Make a pass class known by its `name`; usable as a class decorator.
+
+    Raises ConfigError when it is no frozen dataclass with a `name` and an `apply`.
+    """
+    params = getattr(cls, "__dataclass_params__", None)
+    if params is None or not params.frozen:
+        raise ConfigError(f"pass {cls.__name__} must be a frozen dataclass, so that its options are its fields")
+    if not isinstance(getattr(cls, "name", None), str) or not callable(getattr(cls, "apply", None)):
+        raise ConfigError(f"pass {cls.__name__} needs a class attribute `name` and a method `apply(program)`")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def known_passes() -> dict[str, type[Any]]:
+    """Built-in passes and those of the entry point `morphc.passes`."""
+    for point in entry_points(group="morphc.passes"):
+        if point.name not in _REGISTRY:
+            register_pass(point.load())
+    return dict(_REGISTRY)
+
+
+def parse_passes(text: str) -> list[Pass]:
+    """`capture,plan-chunks{seeds=1024}` -> passes. Raises UnknownNameError, ConfigError."""
+    found: list[Pass] = []
+    position = 0
+    item = re.compile(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)")
+    while position < len(text):
+        match = item.match(text, position)
+        if match is None:
+            raise ConfigError(
+                f"can't read passes at {text[position:]!r}; write name{{option=value,...}},name,..."
+            )
+        found.append(_make(match.group(1), match.group(2) or ""))
+        position = match.end()
+    if not found:
+        raise ConfigError("passes is empty; name at least one, or leave it out for the default pipeline")
+    return found
+
+
+def _make(name: str, options: str) -> Pass:
+    known = known_passes()
+    if name not in known:
+        raise UnknownNameError("pass", name, known)
+    cls = known[name]
+    hints = typing.get_type_hints(cls)
+    fields = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}
+    values = {}
+    for part in filter(None, (piece.strip() for piece in options.split(","))):
+        key, separator, value = part.partition("=")
+        if key.strip() not in fields:
+            raise UnknownNameError(f"option of pass {name!r}", key.strip(), fields)
+        if not separator:
+            raise ConfigError(f"option {key!r} of pass {name!r} has no value; write {key}=VALUE")
+        field = fields[key.strip()]
+        values[field] = _convert(name, key.strip(), value.strip(), hints[field])
+    made: Pass = cls(**values)
+    return made
+
+
+def _convert(name: str, key: str, value: str, kind: Any) -> Any:
+    choices = typing.get_args(kind) or (kind,)
+    if bool in choices and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for choice in (int, float):
+        if choice in choices:
+            try:
+                return choice(value)
+            except ValueError:
+                continue
+    if type(None) in choices and value.lower() == "none":
+        return None
+    literals = [c for c in choices if isinstance(c, str)]
+    if str in choices or value in literals:
+        return value
+    wanted = " or ".join(getattr(c, "__name__", repr(c)) for c in choices)
+    raise ConfigError(f"option {key}={value!r} of pass {name!r} is not {wanted}")
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    print_after: Sequence[str] = (),
+    on_print: Callable[[str, str], None] | None = None,
+) -> list[PassRecord]:
+    """Run `passes` in order. Raises PassError naming the pass, the node, its source line and a dump."""
+    records = []
+    before = program.text()
+    for number, step in enumerate(passes):
+        if program.progress is not None:
+            program.progress(step.name, number, len(passes))
+        _check(step, "requires", program)
+        started = time.perf_counter()
+        nodes = _nodes(program)
+        try:
+            step.apply(program)
+        except MorphcError:
+            raise
+        except Exception as error:
+            raise _pass_error(step, program, error) from error
+        seconds = time.perf_counter() - started
+        _lint(step, program)
+        _check(step, "ensures", program)
+        after = program.text()
+        now = _nodes(program)
+        diff = ""
+        if after != before:
+            diff = "".join(
+                difflib.unified_diff(
+                    before.splitlines(True), after.splitlines(True), "before", f"after {step.name}", n=1
+                )
+            )
+        records.append(
+            PassRecord(step.name, seconds, after != before, len(now - nodes), len(nodes - now), diff)
+        )
+        if on_print is not None and ("all" in print_after or step.name in print_after):
+            on_print(step.name, after)
+        before = after
+    return records
+
+
+def _nodes(program: Program) -> set[tuple[str, str]]:
+    return {(name, node.name) for name, graph in program.graphs() for node in graph.nodes}
+
+
+def _check(step: Pass, which: str, program: Program) -> None:
+    ask = getattr(step, which, None)
+    wrong = ask(program) if ask is not None else ""
+    if wrong:
+        when = "can't start" if which == "requires" else "left a broken program"
+        raise PassError(f"pass {step.name!r} {when}: {wrong} (dump: {_dump(step.name, program)})")
+
+
+def _lint(step: Pass, program: Program) -> None:
+    for name, graph in program.graphs():
+        try:
+            graph.lint()
+            if not any(node.op == "output" for node in graph.nodes):
+                raise RuntimeError("the graph has no output node")
+        except Exception as error:
+            text = str(error).strip().split("\n")[0]
+            raise PassError(
+                f"pass {step.name!r} broke the graph of {name}: {text} (dump: {_dump(step.name, program)})"
+            ) from error
+
+
+def _pass_error(step: Pass, program: Program, error: Exception) -> PassError:
+    node = getattr(error, "node", None)
+    where = ""
+    if node is not None and hasattr(node, "meta"):
+        where = f" at node {node.name!r} ({node.meta.get('source', 'no source line')})"
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    return PassError(f"pass {step.name!r} failed{where}: {text} (dump: {_dump(step.name, program)})")
+
+
+def _dump(name: str, program: Program) -> Path:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"morphc-{name}-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(program.text())
+    return Path(file.name)

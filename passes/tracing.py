@@ -1,0 +1,160 @@
+"""Plain symbolic tracing of one module's own forward: the only graphs that may run in its place.
+
+A region is *rewritten* when fx traces it without a single value: no shape, no branch on a tensor. Arguments that
+the example left at their defaults are bound to those defaults, and `Guard` remembers it: a call that is made
+differently runs the module's own forward. `self.training` and plain attributes are burnt in, so each region is
+traced in train and in eval mode, and the two graphs are kept apart when they differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from morphc.passes.recording import Region, _definition, is_leaf
+
+_TORCH_DIR = torch.__path__[0]
+
+
+@dataclass
+class Traced:
+    """The graphs of one region, or why there are none."""
+
+    train: fx.Graph | None
+    eval: fx.Graph | None
+    reason: str = ""
+    source: str = ""
+    given: tuple[str, ...] = ()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.train is not None
+
+
+class _RegionTracer(fx.Tracer):
+    """Children are leaves; every node knows the user's file:line."""
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=False)
+        self.record_stack_traces = False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        source = _nearest_user_line()
+        if source:
+            node.meta["source"] = source
+        return node
+
+
+def _nearest_user_line() -> str:
+    frame = inspect.currentframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith((_TORCH_DIR, "<")):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def trace_region(region: Region, clone: nn.Module) -> Traced:
+    """Trace `clone` (the throwaway clone's module of that path) in train and in eval mode."""
+    if region.data_dependent:
+        return Traced(None, None, region.data_dependent, _after(region.data_dependent, " at "))
+    if is_leaf(clone):
+        return Traced(None, None, "a layer of torch itself")
+    try:
+        signature = inspect.signature(clone.forward)
+    except (TypeError, ValueError) as error:
+        return Traced(None, None, f"its forward has no readable signature ({error})", _definition(clone))
+    concrete: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return Traced(None, None, f"its forward takes *{name}", _definition(clone))
+        if not region.arguments.get(name, False):
+            if parameter.default is parameter.empty:
+                return Traced(None, None, f"argument {name!r} was None in the example", _definition(clone))
+            concrete[name] = parameter.default
+    graphs = []
+    flag = clone.training
+    try:
+        for training in (True, False):
+            clone.training = training
+            graphs.append(_trace(clone, concrete))
+    except _Refused as refused:
+        return Traced(None, None, refused.reason, refused.source)
+    finally:
+        clone.training = flag
+    given = tuple(name for name in signature.parameters if name not in concrete)
+    return Traced(graphs[0], graphs[1], given=given)
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, source: str) -> None:
+        super().__init__(reason)
+        self.reason, self.source = reason, source
+
+
+def _trace(module: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+    before = dict(vars(module))
+    try:
+        graph = _RegionTracer().trace(module, concrete_args=concrete or None)
+        graph.lint()
+    except Exception as error:  # the module's own code runs on proxies here and may raise anything
+        text = str(error).strip().split("\n")[0]
+        raise _Refused(_plain_words(type(error).__name__, text), _where(error)) from error
+    finally:
+        # A forward that keeps something (a cache, a counter) must not keep a proxy.
+        for name in set(vars(module)) - set(before):
+            del vars(module)[name]
+        vars(module).update(before)
+    _drop_specialisation(graph, concrete)
+    return graph
+
+
+def _drop_specialisation(graph: fx.Graph, concrete: dict[str, Any]) -> None:
+    """Erase the placeholders of bound arguments and fx's assertions on them: the guard checks the call."""
+    doomed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if _base_name(node, concrete) in concrete:
+                doomed.add(node)
+        elif doomed.intersection(node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in doomed:
+            graph.erase_node(node)
+
+
+def _base_name(node: fx.Node, concrete: dict[str, Any]) -> str:
+    """fx names the leaves of a bound argument `name_1`, `name_2`, ..."""
+    target = str(node.target)
+    head, _, tail = target.rpartition("_")
+    return head if target not in concrete and tail.isdigit() else target
+
+
+def _plain_words(kind: str, text: str) -> str:
+    if "control flow" in text:
+        return "a branch depends on a traced value"
+    if "can't be iterated" in text or "cannot be iterated" in text or "Proxy object" in text:
+        return "it unpacks or iterates over a traced value"
+    return f"symbolic tracing stopped with {kind}: {text[:160]}"
+
+
+def _where(error: BaseException) -> str:
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((_TORCH_DIR, "<")) and frame.filename != __file__:
+            found = f"{frame.filename}:{frame.lineno}"
+    return found
+
+
+def _after(text: str, mark: str) -> str:
+    return text.rpartition(mark)[2]

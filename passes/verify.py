@@ -1,0 +1,279 @@
+"""Verify: the compiled model against its host, bit for bit, and the way down where they differ.
+
+Both run on the example and on a doubled batch, in train and in eval mode, under the same RNG seed; outputs and the
+gradients of every parameter and floating-point input are compared by their bit patterns. Both are put back as
+they were: buffers, attributes, `.grad`, RNG, flags; users' hooks don't see these runs.
+
+When they differ: the host is run again. If it differs from itself it is nondeterministic, which is reported and
+no reason to demote. Otherwise graphs stop running in place of forwards (one region at a time, then all), then
+functional layers lose their sites, then every layer does: never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from morphc.errors import VerificationError
+from morphc.passes.lower import Lower
+from morphc.passes.manager import register_pass
+from morphc.passes.program import Program
+from morphc.passes.recording import _describe, _is_torch_hook, _leaves
+from morphc.runtime.attach import silent_telemetry
+
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@register_pass
+@dataclass(frozen=True)
+class Verify:
+    """Compare, and demote what differs. `strict=true` raises instead of demoting."""
+
+    name: ClassVar[str] = "verify"
+    strict: bool = False
+
+    def apply(self, program: Program) -> None:
+        if program.model is None or program.args is None:
+            return
+        runner = _Runner(program)
+        difference = runner.first_difference()
+        program.verification = runner.notes
+        if not difference:
+            return
+        if runner.host_differs_from_itself():
+            program.verification.append(
+                f"the host differs from itself ({difference}): it is nondeterministic, nothing was demoted"
+            )
+            return
+        if self.strict:
+            raise VerificationError(f"the compiled model differs from its host: {difference}")
+        self._demote(program, difference)
+
+    def _demote(self, program: Program, difference: str) -> None:
+        running = [path for path, region in program.regions.items() if region.runs]
+        attempts: list[tuple[list[str], list[str]]] = [([path], []) for path in running]
+        if len(running) > 1:
+            attempts.append((running, []))
+        functional = [site.path for site in program.plan.sites if site.parameter]
+        if functional:
+            attempts.append((running, functional))
+        attempts.append((running, [site.path for site in program.plan.sites]))
+        for regions, sites in attempts:
+            program.demoted = {path: f"its graph did not compute what its forward does: {difference}" for path in regions}
+            program.unwatched = {path: f"with it the model differed from its host: {difference}" for path in sites}
+            Lower().apply(program)
+            again = _Runner(program)
+            if not again.first_difference():
+                program.verification.append(_account(regions, sites, difference))
+                return
+        raise VerificationError(
+            f"the clone of {type(program.host).__name__} differs from it even without a site: {difference}. "
+            "Compile with verify=False to use it all the same"
+        )
+
+
+def _account(regions: list[str], sites: list[str], difference: str) -> str:
+    what = f"regions {regions} run as written" if regions else ""
+    lost = f"{len(sites)} sites were left out" if sites else ""
+    return f"{difference}: {' and '.join(filter(None, (what, lost)))}; with that, host and model are equal"
+
+
+def doubled(args: Any, kwargs: Any) -> Any:
+    """The same inputs with every tensor concatenated to itself along its first axis."""
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.ndim > 0 else x
+
+    return tree_map(twice, (args, kwargs))
+
+
+class _Runner:
+    def __init__(self, program: Program) -> None:
+        assert program.model is not None and program.args is not None
+        self.host, self.model = program.host, program.model
+        self.example = (program.args, program.kwargs)
+        self.notes: list[str] = []
+        self.failed_on: tuple[Any, bool, bool] | None = None
+        self.keep_hooks = False
+
+    def first_difference(self) -> str:
+        """Where host and model differ first, in words; empty when nowhere."""
+        self.notes = []
+        with silent_telemetry(self.model):
+            for inputs, name in ((self.example, "the example"), (None, "a doubled batch")):
+                if inputs is None:
+                    try:
+                        inputs = doubled(*self.example)
+                    except RuntimeError as error:
+                        self.notes.append(f"a doubled batch can't be made: {_describe(error)[0]}")
+                        continue
+                for training in (True, False):
+                    mode = "train" if training else "eval"
+                    found = self._compare(inputs, training, f"{name}, {mode} mode")
+                    if found:
+                        return found
+        return ""
+
+    def _compare(self, inputs: Any, training: bool, name: str) -> str:
+        expected, error = self._attempt(self.host, inputs, training)
+        if error and not self.keep_hooks:
+            # A host may need its own hooks to run at all.
+            self.keep_hooks = True
+            expected, error = self._attempt(self.host, inputs, training)
+            self.keep_hooks = not error
+        got, other = self._attempt(self.model, inputs, training)
+        if error or other:
+            if bool(error) == bool(other):
+                self.notes.append(f"{name}: skipped, the host refuses it ({error})")
+                return ""
+            return f"{name}: only the {'host' if error else 'compiled model'} fails ({error or other})"
+        found = _differ(expected, got)
+        if found:
+            self.failed_on = (inputs, training, False)
+            return f"{name}: {found}"
+        self.notes.append(f"{name}: equal bit for bit ({_count(expected)})")
+        return ""
+
+    def host_differs_from_itself(self) -> bool:
+        if self.failed_on is None:
+            return False
+        inputs, training, _ = self.failed_on
+        first, _ = self._attempt(self.host, inputs, training)
+        return any(_differ(first, self._attempt(self.host, inputs, training)[0]) for _ in range(2))
+
+    def _attempt(self, module: nn.Module, inputs: Any, training: bool) -> tuple[dict[str, Any], str]:
+        try:
+            return self._run(module, inputs, training), ""
+        except Exception as error:  # the host's own code may raise anything; the caller compares who raised
+            return {}, _describe(error)[0]
+
+    def _run(self, module: nn.Module, inputs: Any, training: bool) -> dict[str, Any]:
+        parameters = {n: p for n, p in self.host.named_parameters() if p.requires_grad}
+        own = dict(module.named_parameters()) if module is not self.host else parameters
+        watched = {name: own.get(name, parameter) for name, parameter in parameters.items()}
+
+        def fresh(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            copied = x.detach().clone()
+            return copied.requires_grad_(True) if copied.is_floating_point() else copied
+
+        args, kwargs = tree_map(fresh, inputs)
+        leaves = [x for x in _leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        with isolated(module, training=training, keep_hooks=self.keep_hooks), torch.enable_grad():
+            output = module(*args, **kwargs)
+            values = [x for x in _leaves(output) if isinstance(x, torch.Tensor)]
+            seeds = [x for x in values if x.requires_grad and x.is_floating_point()]
+            grads: list[torch.Tensor | None] = []
+            if seeds:
+                targets = [*watched.values(), *leaves]
+                weights = [_pattern(x) for x in seeds]
+                grads = list(torch.autograd.grad(seeds, targets, weights, allow_unused=True)) if targets else []
+            names = [*watched, *(f"input {i}" for i in range(len(leaves)))]
+            return {
+                "outputs": [x.detach().clone() for x in values],
+                "grads": dict(zip(names, grads, strict=False)),
+                "buffers": {name: b.detach().clone() for name, b in module.named_buffers() if ".morphc." not in f".{name}"},
+            }
+
+
+def _pattern(x: torch.Tensor) -> torch.Tensor:
+    """A fixed, asymmetric cotangent."""
+    flat = torch.arange(x.numel(), device=x.device, dtype=torch.float32)
+    return torch.sin(flat * 0.7 + 0.3).to(x.dtype).reshape(x.shape)
+
+
+def _count(run: dict[str, Any]) -> str:
+    grads = sum(1 for g in run["grads"].values() if g is not None)
+    return f"{len(run['outputs'])} outputs, {grads} gradients"
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any]) -> str:
+    if len(a["outputs"]) != len(b["outputs"]):
+        return f"{len(a['outputs'])} and {len(b['outputs'])} output tensors"
+    for index, (x, y) in enumerate(zip(a["outputs"], b["outputs"], strict=True)):
+        if not same_bits(x, y):
+            return f"output {index} differs{_how_much(x, y)}"
+    for kind in ("grads", "buffers"):
+        for name, x in a[kind].items():
+            y = b[kind].get(name)
+            if (x is None) != (y is None) or (x is not None and not same_bits(x, y)):
+                word = "gradient of" if kind == "grads" else "buffer"
+                return f"{word} {name!r} differs{_how_much(x, y)}"
+    return ""
+
+
+def _how_much(x: torch.Tensor | None, y: torch.Tensor | None) -> str:
+    if x is None or y is None or x.shape != y.shape or not x.is_floating_point():
+        return ""
+    return f" by up to {(x.double() - y.double()).abs().max().item():.3g}" if x.numel() else ""
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Equal shape, dtype and bit patterns: -0.0 is not 0.0, and a NaN equals itself."""
+    if x.shape != y.shape or x.dtype != y.dtype or x.layout != y.layout:
+        return False
+    if x.layout != torch.strided or x.is_quantized:
+        return x is y or torch.equal(x.dequantize() if x.is_quantized else x.to_dense(), y.dequantize() if y.is_quantized else y.to_dense())
+    if x.is_complex():
+        x, y = torch.view_as_real(x), torch.view_as_real(y)
+    if x.is_floating_point():
+        kind = _INT_OF_SIZE[x.element_size()]
+        x, y = x.contiguous().view(kind), y.contiguous().view(kind)
+    return torch.equal(x, y)
+
+
+@contextlib.contextmanager
+def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed: int = 0) -> Iterator[None]:
+    """Run `root` so that nothing of it remembers: buffers, attributes, flags, and every RNG are put back."""
+    saved = []
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            saved.append((module, None))
+            continue
+        before = dict(vars(module))
+        saved.append((module, before))
+        vars(module).update(_scratch(before, training, keep_hooks))
+    script_flags = [(m, m.training) for m, before in saved if before is None]
+    for module, _ in script_flags:
+        module.train(training)
+    states = (random.getstate(), np.random.get_state())
+    devices = sorted({p.device.index for p in root.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, flag in script_flags:
+            module.train(flag)
+        for module, before in saved:
+            if before is not None:
+                vars(module).clear()
+                vars(module).update(before)
+
+
+def _scratch(before: dict[str, Any], training: bool, keep_hooks: bool) -> dict[str, Any]:
+    fresh: dict[str, Any] = {"training": training}
+    for name, value in before.items():
+        if name == "_buffers":
+            fresh[name] = {k: None if b is None else b.clone() for k, b in value.items()}
+        elif name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if not keep_hooks and value:
+                kept = type(value)()
+                kept.update((k, h) for k, h in value.items() if _is_torch_hook(h))
+                fresh[name] = kept
+        elif type(value) in (list, dict, set):
+            fresh[name] = value.copy()
+    return fresh
