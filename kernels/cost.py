@@ -15,6 +15,7 @@ from functools import lru_cache
 import msgspec
 
 from morphc.kernels import cost_site
+from morphc.kernels.blueprints import base
 from morphc.kernels.cost_site import Backend, HostLayer, SiteShape
 from morphc.kernels.cost_terms import Cost, Quantity, divides, dtype_bytes, rows_symbol
 from morphc.kernels.devices import Device
@@ -62,10 +63,10 @@ class Time(msgspec.Struct, frozen=True):
 class Prediction(msgspec.Struct, frozen=True):
     """The cost of one site on one device, for so many rows. Times in us, each for one step.
 
-    bytes_per_row: what one telemetry sample moves, by row. due_us: one sample. dormant_us: the dormant site, its
-    samples spread over `telemetry_every` and its Python call included. active10_us: the same with one seed in
-    ten active, forward. host_forward_us, host_us: the host layer's forward, and forward with backward.
-    overhead, overhead_active10: what the site adds to `host_us`, as a fraction of it (0.02 is 2 %).
+    bytes_per_row: what one telemetry sample moves, by row. due_us: one sample. dormant_us: the dormant site,
+    its samples spread over `telemetry_every` and its Python call included. active10_us: the same with one
+    seed in ten active, forward. host_forward_us, host_us: the host layer's forward, and forward with
+    backward. overhead, overhead_active10: what the site adds to `host_us`, as a fraction of it (0.02 is 2 %).
     """
 
     rows: int
@@ -85,16 +86,16 @@ class Prediction(msgspec.Struct, frozen=True):
 
 def backend_for(requested: str, device: Device) -> Backend:
     """The backend that `auto` means on `device`."""
-    if requested == "torch" or requested == "triton":
-        return requested
-    return "triton" if device.asynchronous else "torch"
+    if requested == "auto":
+        return "triton" if device.asynchronous else "torch"
+    return "triton" if requested == "triton" else "torch"
 
 
 def roofline(cost: Cost, device: Device, dtype: str, footprint: float = float("inf")) -> Time:
     """Time of `cost`, whose numbers are for a given number of rows.
 
-    `footprint` is the size in bytes of the activation that is passed over: below half of the L2, repeated passes
-    are served from there.
+    `footprint` is the size in bytes of what is passed over: below half of the L2, repeated passes are served
+    from there.
     """
     bandwidth = device.cache_bandwidth if footprint <= device.l2_bytes / 2 else device.bandwidth
     moving = float(cost.bytes) / bandwidth
@@ -115,7 +116,7 @@ def predict(
     """The numbers for `rows`. Without `active` (or a slot) those of active seeds equal the dormant ones."""
     footprint = float(rows * shape.features * dtype_bytes(shape.dtype))
     sample = cost_site.dormant(shape, rows, backend, due=True)
-    due = roofline(sample, device, shape.dtype, footprint)
+    due = roofline(sample, device, shape.dtype, 0.0 if backend == "torch" else footprint)
     site = Time(0.0, device.call_us) + due.times(1 / shape.telemetry_every if shape.telemetry_every else 0.0)
     grown = site
     if active:
@@ -142,8 +143,8 @@ def expressions(
 ) -> dict[str, str]:
     """Bytes and flops in the symbol `rows`, as text that sympy reads back.
 
-    `dormant_*` is one telemetry sample, `step_*` a training forward with `fraction` of the seeds active and the
-    samples spread out, `host_*` the layer's forward.
+    `dormant_*` is one telemetry sample, `step_*` a training forward with `fraction` of the seeds active and
+    the samples spread out, `host_*` the layer's forward.
     """
     rows = rows_symbol()
     costs = {
@@ -163,9 +164,7 @@ def slot_bytes(shape: SiteShape, blueprints: tuple[str, ...], *, training_state:
 
     `training_state` adds what training them takes: gradient, two moments and a step.
     """
-    bank = sum(
-        cost_site.parameters_of(cost_site.base.get(name), shape.geometry) for name in blueprints
-    )
+    bank = sum(cost_site.parameters_of(base.get(name), shape.geometry) for name in blueprints)
     return 16 * bank + 4 * len(blueprints) if training_state else 4 * bank
 
 

@@ -1,8 +1,8 @@
 """What a site and its host layer move and compute, as formulas in the rows.
 
 Two backends, two models. The Triton kernels read the activation once for telemetry and touch only active
-columns in place. The torch backend runs one op after another over temporaries, so what counts there is how often
-the activation passes through memory; that number was measured, not derived.
+columns in place. The torch backend runs one op after another over temporaries, so what counts there is how
+often the activation passes through memory; that number was measured, not derived.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ GRANULE = 64
 HIDDEN_FLOPS = 30
 BLEND_FLOPS = {"residual": 2, "lerp": 3, "multiply": 20, "gate": 24}
 
-# The torch backend, in float32 activations written or read (a reduction that torch vectorises badly counts as
-# the passes that take as long), and per row and chunk: fitted to times on one thread of a Xeon with torch
-# 2.13, over 128x512 to 4096x4096 and chunks of 1 to 256, by `python -m tests.cost.calibrate`.
-TORCH_TELEMETRY_PASSES = 34
-TORCH_TELEMETRY_CHUNK_PASSES = 16
-TORCH_TELEMETRY_OPS = 18
-# Gather the active chunks (2), blueprint in and out (2), blend (3), scatter (2); and a clone of the whole (2).
+# The torch backend walks blocks of rows that stay in the cache, so its passes count at the cache's bandwidth,
+# in float32 elements (one that torch vectorises badly counts as the passes that take as long): 27.6 an
+# element, 112 a row and chunk (torch's sums over a short inner axis are slow; chunks of one feature skip
+# them), 17 ops. Fitted by `python -m tests.cost.calibrate` on one thread of a Xeon with torch 2.13, over 8x64
+# to 4096x4096 and chunks of 1 to 256.
+TORCH_TELEMETRY_PASSES = 28
+TORCH_TELEMETRY_CHUNK_PASSES = 112
+TORCH_TELEMETRY_OPS = 17
+# Gather the active chunks (2), blueprint in and out (2), blend (3), scatter (2); and a clone of the whole
+# (2).
 TORCH_ACTIVE_PASSES = 9
 TORCH_CLONE_PASSES = 2
 TORCH_HIDDEN_PASSES = 4
@@ -73,6 +76,7 @@ class SiteShape(msgspec.Struct, frozen=True, kw_only=True):
     conv: base.ConvGeometry | None = None
     activation: str = "gelu"
     gated: bool = False
+    obstacle: str = ""
 
     @property
     def chunk(self) -> int:
@@ -90,13 +94,14 @@ class SiteShape(msgspec.Struct, frozen=True, kw_only=True):
             features=self.features,
             chunk=self.chunk,
             rank=self.rank,
-            tap_features=self.tap_features or self.features,
+            tap_features=self.tap_features,
             spatial=self.spatial,
             layer_conv=conv,
             block_in=conv,
             block_out=conv,
             activation=self.activation,
             gated=self.gated,
+            block_obstacle=self.obstacle,
         )
 
     def active_seeds(self, fraction: Fraction) -> int:
@@ -129,7 +134,8 @@ def telemetry(shape: SiteShape, rows: Quantity, backend: Backend) -> Cost:
     elements, chunks = rows * shape.features, rows * shape.seeds
     vector = TELEMETRY_FLOPS * elements + TELEMETRY_CHUNK_FLOPS * chunks
     if backend == "torch":
-        passes = TORCH_TELEMETRY_PASSES * elements + TORCH_TELEMETRY_CHUNK_PASSES * chunks
+        row_sums = chunks if shape.seeds < shape.features else 0
+        passes = TORCH_TELEMETRY_PASSES * elements + TORCH_TELEMETRY_CHUNK_PASSES * row_sums
         return Cost(read=4 * passes, vector=vector, launches=TORCH_TELEMETRY_OPS)
     partials = ceil_div(rows, ROWS_PER_SPLIT) * shape.seeds * TELEMETRY_FIELDS * 4
     totals = shape.seeds * TELEMETRY_FIELDS * 4
@@ -191,9 +197,7 @@ def host_forward(layer: HostLayer, rows: Quantity) -> Cost:
     bias = layer.features if layer.bias else 0
     parameters = (layer.weights + bias) * width
     if layer.kind == "norm":
-        return Cost(
-            read=written + parameters, written=written, vector=8 * rows * layer.features, launches=1
-        )
+        return Cost(read=written + parameters, written=written, vector=8 * rows * layer.features, launches=1)
     ratio = Fraction(1, layer.stride) if layer.transposed else layer.stride
     positions = rows * ratio if layer.stride != 1 else rows
     return Cost(

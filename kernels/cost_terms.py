@@ -1,8 +1,8 @@
 """The currency of the cost model: bytes, flops and launches as functions of the number of rows.
 
 Every formula is written once and takes `rows` as a sympy symbol, which gives an expression to show and to
-reason about, or as an int, which gives the number at once. sympy is imported when a symbol or a proof is asked
-for, never by importing this module.
+reason about, or as an int, which gives the number at once. sympy is imported when a symbol or a proof is
+asked for, never by importing this module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BYTES = {
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What some work moves and computes: bytes read and written, flops in matmuls and outside, ops launched."""
+    """What work moves and computes: bytes read and written, flops in matmuls and outside, ops launched."""
 
     read: Quantity = 0
     written: Quantity = 0
@@ -92,8 +92,8 @@ def ceil_div(value: Quantity, divisor: int) -> Quantity:
 def divides(divisor: Quantity, value: Quantity) -> bool:
     """Whether sympy proves that `divisor` divides `value` for every value of the symbols in them.
 
-    `divides(16, 64 * n)` is true for an integer symbol n, so a tile of 16 needs no mask; `divides(8, rows)` is
-    false, for nothing is known of rows. False means "not proved".
+    `divides(16, 64 * n)` is true for an integer symbol n, so a tile of 16 needs no mask; `divides(8, rows)`
+    is false, for nothing is known of rows. False means "not proved".
     """
     import sympy
 
