@@ -1,7 +1,7 @@
 """What a blueprint is: the kind of module that a slot holds.
 
-A blueprint is stateless; the parameters of all slots of one site live in a *bank*: tensors with a leading slot
-axis. So every function here is written for all slots at once and never loops over them.
+A blueprint is stateless; the parameters of all slots of one site live in a *bank*: tensors with a leading
+slot axis. So every function here is written for all slots at once and never loops over them.
 
 Shapes: K slots, N batch, `rows` all positions flattened, C the chunk's width (the widest chunk of the site;
 narrower ones are padded with zeros, and what stands in a padded column of the result is never looked at).
@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
+import torch
+from torch import Generator, Tensor
 
 from morphc.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     import sympy
-    from torch import Tensor
 
 Tap = Literal["chunk", "layer", "block"]
 Arrangement = Literal["rows", "spatial"]
@@ -33,15 +34,17 @@ class ConvGeometry(msgspec.Struct, frozen=True):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     padding_mode: str = "zeros"
+    groups: int = 1
 
 
 class Geometry(msgspec.Struct, frozen=True):
     """What a blueprint must know about the place it is put in.
 
-    features, chunk: width of the site and of its widest chunk. rank: hidden width. tap_features: width of what
-    it reads. spatial: number of spatial axes (0 behind a Linear). layer_conv: the host layer's own convolution
-    for a `layer` tap. block_in, block_out: the two convolutions of a block for a `block` tap, None for Linear.
-    activation: the block's own pointwise function. gated: the block multiplies two branches.
+    features, chunk: width of the site and of its widest chunk. rank: hidden width. tap_features: width of
+    what it reads. spatial: number of spatial axes (0 behind a Linear). layer_conv: the host layer's own
+    convolution for a `layer` tap. block_in, block_out: the two convolutions of a block for a `block` tap,
+    None for Linear. activation: the block's own pointwise function. gated: the block multiplies two
+    branches. block_obstacle: why the block can't be widened, empty when it can.
     """
 
     features: int
@@ -54,15 +57,16 @@ class Geometry(msgspec.Struct, frozen=True):
     block_out: ConvGeometry | None = None
     activation: str = "gelu"
     gated: bool = False
+    block_obstacle: str = ""
 
 
 class Blueprint(ABC):
     """One kind of slot module. Subclass it, and register an instance with `register`.
 
-    name: as users write it. tap: what it reads. arrangement: `rows` gets chunk taps as [K, rows, C] and layer or
-    block taps as [rows, in]; `spatial` gets chunk taps as [K, N, C, *spatial] and layer or block taps as
-    [N, in, *spatial]. The result is [K, rows, C] or [K, N, C, *spatial], to match. (Behind a convolution the
-    layer and block taps are always spatial.)
+    name: as users write it. tap: what it reads. arrangement: `rows` gets chunk taps as [K, rows, C] and
+    layer or block taps as [rows, in]; `spatial` gets chunk taps as [K, N, C, *spatial] and layer or block
+    taps as [N, in, *spatial]. The result is [K, rows, C] or [K, N, C, *spatial], to match. (Behind a
+    convolution the layer and block taps are always spatial.)
     """
 
     name: ClassVar[str]
@@ -73,15 +77,19 @@ class Blueprint(ABC):
         """Why this blueprint can't be used there, or an empty string."""
         return ""
 
+    def is_spatial(self, geometry: Geometry) -> bool:
+        """Whether the result is [K, N, C, *spatial] there, and not [K, rows, C]."""
+        return self.arrangement == "spatial" or (self.tap != "chunk" and geometry.spatial > 0)
+
     @abstractmethod
     def shapes(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter of one slot, without the slot axis."""
 
     @abstractmethod
-    def init(self, geometry: Geometry, slots: int, generator: object) -> dict[str, Tensor]:
-        """Fresh float32 parameters [slots, *shape] that make the blueprint's result exactly zero.
+    def init(self, geometry: Geometry, slots: int, generator: Generator) -> dict[str, Tensor]:
+        """Fresh float32 parameters [slots, *shape] on the CPU, with which the result is exactly zero.
 
-        `generator` is a torch.Generator of morphc's own: the global one is never drawn from.
+        `generator` is morphc's own: the global one is never drawn from.
         """
 
     @abstractmethod
@@ -93,13 +101,21 @@ class Blueprint(ABC):
         """Multiply-adds counted twice, of one slot's forward, in the number of rows."""
 
 
+def uniform(shape: tuple[int, ...], fan_in: int, generator: Generator) -> Tensor:
+    """Uniform in +-1/sqrt(fan_in), what `nn.Linear` and `nn.Conv` start from."""
+    bound = fan_in**-0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 _REGISTRY: dict[str, Blueprint] = {}
 
 
 def register(blueprint: Blueprint, *, replace: bool = False) -> Blueprint:
     """Make `blueprint` known under its name. Raises ConfigError if the name is taken."""
     if blueprint.name in _REGISTRY and not replace:
-        raise ConfigError(f"blueprint {blueprint.name!r} is registered already; pass replace=True to override")
+        raise ConfigError(
+            f"blueprint {blueprint.name!r} is registered already; pass replace=True to override"
+        )
     _REGISTRY[blueprint.name] = blueprint
     return blueprint
 

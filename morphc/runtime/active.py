@@ -1,0 +1,233 @@
+"""Forward of a site that is not dormant: all slots of a bank at once, in differentiable torch operations.
+
+Nothing is read back from the device, nothing loops over seeds, and every choice between values is a select
+and never a product with zero, so that an Inf or NaN in one chunk, slot or padding column stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphc.errors import SeedError
+from morphc.kernels.blueprints.base import Blueprint, Geometry
+from morphc.kernels.reference.blends import blend
+from morphc.kernels.reference.chunks import chunk_starts, chunk_widths, split
+from morphc.runtime.state import BLENDS, ISOLATED, TRAINS, among
+
+
+class Slots(NamedTuple):
+    """What the forward has to know of K slots, on the device.
+
+    columns [K, C]: feature that each column of the padded chunk stands for (0 in padding). inside [K, C]: no
+    padding, and the slot is held. alpha [K]. blends, isolated, trains [K]: what the owner's state asks for;
+    `blends` only where alpha > 0.
+    """
+
+    columns: Tensor
+    inside: Tensor
+    alpha: Tensor
+    blends: Tensor
+    isolated: Tensor
+    trains: Tensor
+
+
+def describe(owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int) -> Slots:
+    """owner: [K] seed of the site or -1; lifecycle, alpha: [S], the site's rows."""
+    seeds = lifecycle.shape[0]
+    held = owner >= 0
+    seed = owner.clamp(min=0)
+    state = lifecycle[seed]
+    strength = alpha[seed]
+    column = torch.arange(-(-features // seeds), device=owner.device)
+    inside = held.unsqueeze(1) & (column < chunk_widths(seed, features, seeds).unsqueeze(1))
+    columns = torch.where(inside, chunk_starts(seed, features, seeds).unsqueeze(1) + column, 0)
+    blends = held & among(state, BLENDS) & (strength > 0)
+    return Slots(
+        columns=columns,
+        inside=inside,
+        alpha=torch.where(blends, strength, 0),
+        blends=blends,
+        isolated=held & among(state, ISOLATED),
+        trains=held & among(state, TRAINS),
+    )
+
+
+def take(y: Tensor, slots: Slots, axis: int, spatial: bool) -> Tensor:
+    """The chunks of all slots: [K, rows, C], or [K, N, C, *spatial]; zeros in padding and free slots."""
+    count, width = slots.columns.shape
+    picked = y.index_select(axis, slots.columns.view(-1))
+    if spatial:
+        chunks = split(picked, axis % y.dim(), count, width).movedim(axis % y.dim(), 0)
+        if axis % y.dim() == 0:
+            chunks = chunks.unsqueeze(1)
+        inside = slots.inside.view(count, 1, width, *(1,) * (chunks.dim() - 3))
+    else:
+        chunks = picked.movedim(axis, -1).reshape(-1, count, width).transpose(0, 1)
+        inside = slots.inside.unsqueeze(1)
+    return torch.where(inside, chunks, 0)
+
+
+def put(y: Tensor, chunks: Tensor, slots: Slots, axis: int, spatial: bool) -> Tensor:
+    """`y` with the columns of the blending slots taken from `chunks`; all else is y's own value."""
+    count, width = slots.columns.shape
+    features = y.shape[axis]
+    if spatial:
+        if axis % y.dim() == 0:
+            chunks = chunks.squeeze(1)
+        flat = chunks.movedim(0, axis % y.dim()).flatten(axis % y.dim(), axis % y.dim() + 1)
+    else:
+        lead = y.movedim(axis, -1).shape[:-1]
+        flat = chunks.transpose(0, 1).reshape(*lead, count * width).movedim(-1, axis)
+    live = slots.inside & slots.blends.unsqueeze(1)
+    # Padding goes to a column of its own behind the last feature: two writers of one index have no order.
+    target = torch.where(live, slots.columns, features).view(-1)
+    source = torch.zeros(features + 1, dtype=torch.int64, device=y.device)
+    source = source.scatter(0, target, torch.arange(count * width, device=y.device))[:features]
+    changed = torch.zeros(features + 1, dtype=torch.bool, device=y.device)
+    changed = changed.scatter(0, target, True)[:features]
+    shape = [1] * y.dim()
+    shape[axis] = features
+    mixed = torch.where(changed.view(shape), flat.index_select(axis, source), y)
+    return like(mixed, y)
+
+
+def like(value: Tensor, y: Tensor) -> Tensor:
+    """`value` in the memory format of `y`: what comes next may care (`view`, channels-last convolutions)."""
+    if y.is_contiguous():
+        return value.contiguous()
+    if y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
+        return value.contiguous(memory_format=torch.channels_last)
+    if y.dim() == 5 and y.is_contiguous(memory_format=torch.channels_last_3d):
+        return value.contiguous(memory_format=torch.channels_last_3d)
+    return value
+
+
+def per_slot(mask: Tensor, like_tensor: Tensor) -> Tensor:
+    """A [K] mask that broadcasts against [K, ...]."""
+    return mask.view(-1, *(1,) * (like_tensor.dim() - 1))
+
+
+class StraightThrough(torch.autograd.Function):
+    """y + (s - s.detach()) for the isolated slots, without the sum: the value is y's, bit for bit.
+
+    The gradient goes to y as it is, and its columns to s.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        y: Tensor,
+        s: Tensor,
+        columns: Tensor,
+        inside: Tensor,
+        alpha: Tensor,
+        blends: Tensor,
+        isolated: Tensor,
+        trains: Tensor,
+        axis: int,
+        spatial: bool,
+    ) -> Tensor:
+        # A copy: what comes next may work in place, which autograd forbids on an input handed back as it is.
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:8])
+        ctx.axis, ctx.spatial = inputs[8:]
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slots = Slots(*ctx.saved_tensors)
+        s_grad = None
+        if ctx.needs_input_grad[1]:
+            chunks = take(grad, slots, ctx.axis, ctx.spatial).to(ctx.dtype)
+            s_grad = torch.where(per_slot(slots.isolated, chunks), chunks, 0)
+        return grad, s_grad, None, None, None, None, None, None, None, None
+
+
+def through_bank(
+    y: Tensor,
+    source: Tensor,
+    tap: Tensor | None,
+    params: Mapping[str, Tensor],
+    slots: Slots,
+    blueprint: Blueprint,
+    geometry: Geometry,
+    blend_name: str,
+    axis: int,
+    *,
+    isolated_only: bool = False,
+) -> Tensor:
+    """One bank's share of the site: `y` with its slots joined.
+
+    y: what other banks made of the site's value so far; source: that value itself. tap: the layer's or the
+    block's input, None for a chunk tap. isolated_only: no seed of the site blends, and the value is only
+    handed through.
+    """
+    spatial = blueprint.is_spatial(geometry)
+    compute = torch.float64 if source.dtype == torch.float64 else torch.float32
+    with torch.autocast(source.device.type, enabled=False):
+        trained = {
+            name: torch.where(per_slot(slots.trains, value), value, value.detach()).to(compute)
+            for name, value in params.items()
+        }
+        if isolated_only:
+            source = source.detach()
+        x = take(source, slots, axis, spatial).to(compute)
+        if tap is None:
+            s = _from_chunk(x, trained, slots, blueprint, geometry)
+        else:
+            tap = _arrange(tap.to(compute), blueprint, geometry)
+            s = _from_tap(tap, trained, slots, blueprint, geometry, isolated_only)
+        if not isolated_only:
+            joined = blend(blend_name, x, s, slots.alpha, trained)
+            joined = torch.where(per_slot(slots.blends, x), joined, x)
+            y = put(y, joined.to(y.dtype), slots, axis, spatial)
+        if torch.is_grad_enabled() and s.requires_grad:
+            applied = StraightThrough.apply(y, s, *slots, axis, spatial)  # type: ignore[no-untyped-call]
+            assert isinstance(applied, Tensor)
+            y = applied
+    return y
+
+
+def _from_chunk(
+    x: Tensor, params: Mapping[str, Tensor], slots: Slots, blueprint: Blueprint, geometry: Geometry
+) -> Tensor:
+    inner = torch.where(per_slot(slots.isolated, x), x.detach(), x)
+    # Selected before as well as after: a slot that isn't used must not turn 0 * Inf into NaN in the backward.
+    inner = torch.where(per_slot(slots.blends | slots.isolated, x), inner, 0)
+    return blueprint.apply(inner, params, geometry)
+
+
+def _from_tap(
+    tap: Tensor,
+    params: Mapping[str, Tensor],
+    slots: Slots,
+    blueprint: Blueprint,
+    geometry: Geometry,
+    isolated_only: bool,
+) -> Tensor:
+    """All slots share the tap: where it has a gradient, isolated ones get a detached one."""
+    if isolated_only or not (torch.is_grad_enabled() and tap.requires_grad):
+        return blueprint.apply(tap.detach(), params, geometry)
+    blending = {name: torch.where(per_slot(slots.blends, p), p, 0) for name, p in params.items()}
+    apart = {name: torch.where(per_slot(slots.isolated, p), p, 0) for name, p in params.items()}
+    s = blueprint.apply(tap, blending, geometry)
+    return torch.where(per_slot(slots.isolated, s), blueprint.apply(tap.detach(), apart, geometry), s)
+
+
+def _arrange(tap: Tensor, blueprint: Blueprint, geometry: Geometry) -> Tensor:
+    if not geometry.spatial:
+        if tap.shape[-1] != geometry.tap_features:
+            raise SeedError(
+                f"blueprint {blueprint.name!r} reads {geometry.tap_features} features, its tap now has "
+                f"{tap.shape[-1]}"
+            )
+        return tap.reshape(-1, geometry.tap_features)
+    return tap.unsqueeze(0) if tap.dim() == geometry.spatial + 1 else tap

@@ -1,0 +1,201 @@
+"""Slot banks: the parameters that the active seeds of one site borrow, one bank a blueprint."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from morphc.errors import SeedError
+from morphc.kernels.blueprints.base import Blueprint, Geometry, get
+from morphc.kernels.reference.adamw import adamw_rows
+from morphc.kernels.reference.blends import blend_shapes
+
+FREE = -1
+
+
+class Moments(nn.Module):
+    """Optimizer state of a bank: buffers `exp_avg_<param>`, `exp_avg_sq_<param>` and `step` [K]."""
+
+    step: Tensor
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        first = next(iter(params.values()))
+        for name, param in params.items():
+            self.register_buffer(f"exp_avg_{name}", torch.zeros_like(param))
+            self.register_buffer(f"exp_avg_sq_{name}", torch.zeros_like(param))
+        self.register_buffer("step", torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
+
+
+class SlotBank(nn.Module):
+    """K slots of one blueprint. `owner` [K] is the site's seed that holds each slot, -1 where free.
+
+    The Parameters don't require gradients, so no optimizer, clipping or DDP of the user's sees them. The
+    forward reads them through *leaves*: aliases that do require gradients, and whose `.grad` is the bank's
+    own gradient buffer. Plain autograd fills it, in eager and in compiled graphs, and also where the host
+    itself is frozen.
+    """
+
+    owner: Tensor
+    opt: Moments
+
+    def __init__(
+        self,
+        blueprint: str,
+        geometry: Geometry,
+        blend: str,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+        self.geometry = geometry
+        self.blend = blend
+        self.slots = slots
+        kind = get(blueprint)
+        shapes = kind.shapes(geometry) | blend_shapes(blend, geometry.chunk)
+        self.names = tuple(shapes)
+        for name, shape in shapes.items():
+            if name in ("opt", "owner"):
+                raise SeedError(
+                    f"blueprint {blueprint!r} names a parameter {name!r}, which the bank uses itself"
+                )
+            value = torch.zeros(slots, *shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.register_buffer("owner", torch.full((slots,), FREE, dtype=torch.int64, device=device))
+        self.opt = Moments({name: self.get_parameter(name) for name in self.names})
+        self._leaves: dict[str, Tensor] = {}
+        self._bound: dict[str, nn.Parameter] = {}
+        self._bind({})
+        self.register_load_state_dict_post_hook(_rebind)  # type: ignore[no-untyped-call]
+
+    @property
+    def kind(self) -> Blueprint:
+        """The blueprint itself."""
+        return get(self.blueprint)
+
+    @property
+    def spatial(self) -> bool:
+        """Whether chunks are handed over as [K, N, C, *spatial]."""
+        return self.kind.is_spatial(self.geometry)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Each parameter as the forward reads it: the alias that requires gradients.
+
+        A parameter that `torch.func.functional_call` put in place of the bank's own is used itself.
+        """
+        found = {}
+        for name in self.names:
+            param = self._parameters[name]
+            assert param is not None
+            found[name] = self._leaves[name] if param is self._bound[name] else param
+        return found
+
+    def grads(self) -> dict[str, Tensor | None]:
+        """The gradient buffers [K, ...]; None where no backward has reached the bank yet."""
+        return {name: leaf.grad for name, leaf in self._leaves.items()}
+
+    def zero_grads(self) -> None:
+        """Forget all gradients of the bank."""
+        for leaf in self._leaves.values():
+            leaf.grad = None
+
+    @torch.no_grad()
+    def take(self, slot: int, seed: int, draw: int) -> None:
+        """Give `slot` to `seed` with fresh parameters, drawn from a generator seeded with `draw`."""
+        generator = torch.Generator().manual_seed(draw)
+        fresh = self.kind.init(self.geometry, 1, generator)
+        for name in self.names:
+            param = self.get_parameter(name)
+            value = fresh.get(name)
+            if value is None:
+                param[slot].zero_()
+            else:
+                param[slot].copy_(value[0])
+        self._clear(slot)
+        self.owner[slot] = seed
+
+    @torch.no_grad()
+    def free(self, slot: int) -> None:
+        """Take `slot` back; nothing of its last owner stays in it."""
+        for name in self.names:
+            self.get_parameter(name)[slot].zero_()
+        self._clear(slot)
+        self.owner[slot] = FREE
+
+    def _clear(self, slot: int) -> None:
+        for name, leaf in self._leaves.items():
+            self.opt.get_buffer(f"exp_avg_{name}")[slot].zero_()
+            self.opt.get_buffer(f"exp_avg_sq_{name}")[slot].zero_()
+            if leaf.grad is not None:
+                leaf.grad[slot].zero_()
+        self.opt.step[slot] = 0
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, **options: Any) -> None:
+        """One AdamW step of the slots where `rows` [K] is true; the gradients are cleared."""
+        grads = self.grads()
+        if all(grad is None for grad in grads.values()):
+            return
+        self.opt.step += rows
+        for name, grad in grads.items():
+            param = self.get_parameter(name)
+            adamw_rows(
+                param,
+                torch.zeros_like(param) if grad is None else grad,
+                self.opt.get_buffer(f"exp_avg_{name}"),
+                self.opt.get_buffer(f"exp_avg_sq_{name}"),
+                self.opt.step,
+                rows,
+                **options,
+            )
+        self.zero_grads()
+
+    def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
+        for name in self.names:
+            param = self.get_parameter(name)
+            leaf = param.detach().requires_grad_()
+            leaf.grad = grads.get(name)
+            self._leaves[name] = leaf
+            self._bound[name] = param
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotBank:
+        def keep_precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        grads = {name: None if grad is None else keep_precise(grad) for name, grad in self.grads().items()}
+        super()._apply(keep_precise, recurse)  # type: ignore[no-untyped-call]
+        self._bind(grads)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles don't keep two tensors on one storage, so the aliases are made again on arrival.
+        state = self.__dict__.copy()
+        state["_leaves"] = self.grads()
+        del state["_bound"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        grads = state["_leaves"]
+        super().__setstate__({**state, "_leaves": {}, "_bound": {}})  # type: ignore[no-untyped-call]
+        self._bind(grads)
+
+
+def _rebind(bank: nn.Module, incompatible: Any) -> None:
+    # load_state_dict(assign=True) replaces the Parameters, and the aliases would still read the old ones.
+    assert isinstance(bank, SlotBank)
+    bank.requires_grad_(False)
+    bank._bind(bank.grads())
+
+
+def draw_of(path: str, blueprint: str, seed: int, transition: int) -> int:
+    """Seed for one germination's draw: the same run draws the same numbers, also when resumed."""
+    return zlib.crc32(f"{path}/{blueprint}/{seed}/{transition}".encode())

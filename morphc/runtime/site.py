@@ -1,0 +1,195 @@
+"""`SeedSite`: one watched activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from morphc.errors import SeedError
+from morphc.lifecycle import Mode
+from morphc.runtime import active
+from morphc.runtime.bank import SlotBank
+from morphc.runtime.telemetry import accumulate, accumulate_gradient, due_in_graph, measurable
+
+if TYPE_CHECKING:
+    from morphc.runtime.state import SeedState
+
+
+class Pulse:
+    """Counts a site's training forwards in eager mode; assigning to a module's attribute would be slow."""
+
+    __slots__ = ("count", "every")
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.count = 0
+
+
+class Banks(nn.Module):
+    """The banks of one site by blueprint."""
+
+    def __init__(self, banks: dict[str, SlotBank]) -> None:
+        super().__init__()
+        for name, bank in banks.items():
+            self.add_module(name, bank)
+
+    def items(self) -> list[tuple[str, SlotBank]]:
+        """(blueprint, bank) in the order of the configuration."""
+        return [(name, bank) for name, bank in self._modules.items() if isinstance(bank, SlotBank)]
+
+    def get(self, blueprint: str) -> SlotBank | None:
+        """The bank of that blueprint, or None."""
+        bank = self._modules.get(blueprint)
+        return bank if isinstance(bank, SlotBank) else None
+
+
+class SeedSite(nn.Module):
+    """One watched activation: `features` along `feature_axis`, cut into `seeds` chunks.
+
+    Its rows in the model's state are `offset` to `offset + seeds`. `mode` mirrors what was commanded.
+    `refusals` says of each configured blueprint without a bank here why.
+    """
+
+    slots: Banks
+
+    def __init__(
+        self,
+        path: str,
+        features: int,
+        seeds: int,
+        *,
+        feature_axis: int = -1,
+        offset: int = 0,
+        state: SeedState,
+        banks: dict[str, SlotBank] | None = None,
+        refusals: dict[str, str] | None = None,
+        telemetry_every: int = 16,
+        epilogue: str | None = None,
+        near_zero: float = 0.0,
+        gradient_telemetry: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.features = features
+        self.seeds = seeds
+        self.feature_axis = feature_axis
+        self.offset = offset
+        self.telemetry_every = telemetry_every
+        self.epilogue = epilogue
+        self.near_zero = near_zero
+        self.gradient_telemetry = gradient_telemetry
+        self.refusals = refusals or {}
+        self.mode = Mode.DORMANT
+        self.slots = Banks(banks or {})
+        self.pulse = Pulse(telemetry_every)
+        self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.block_input: Tensor | None = None
+        # Not a child: the state belongs to the root, and must not be moved or saved once per site.
+        self.__dict__["state"] = state
+
+    if TYPE_CHECKING:
+        state: SeedState
+
+    def forward(self, y: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """The site's value. Dormant: the very tensor that came in."""
+        if self.training:
+            self.watch(y)
+        return self.join(y, layer_input) if self.mode else y
+
+    def watch(self, y: Tensor) -> None:
+        """Count one training forward of the layer, and measure it when telemetry is due."""
+        pulse = self.pulse
+        every = pulse.every
+        if not every:
+            return
+        if torch.compiler.is_compiling():
+            due_in_graph(self, y)
+            return
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint computes its forward again, inside the backward
+        count = pulse.count
+        pulse.count = count + 1
+        if count % every == 0 and measurable(y, self):
+            accumulate(self, y.detach())
+            if self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
+                y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
+
+    def join(self, y: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """`y` with the slots of the site's seeds joined, as the state of each asks."""
+        if not isinstance(y, Tensor) or not y.is_floating_point() or y.is_nested or y.layout != torch.strided:
+            return y
+        if y.shape[self.feature_axis] != self.features:
+            raise SeedError(
+                f"site {self.path!r} was made for {self.features} features, its layer now gives "
+                f"{y.shape[self.feature_axis]} (shape {tuple(y.shape)})"
+            )
+        block_input, self.block_input = self.block_input, None
+        isolated_only = self.mode == Mode.TRAINING
+        if isolated_only and not torch.is_grad_enabled():
+            return y
+        rows = slice(self.offset, self.offset + self.seeds)
+        lifecycle, alpha = self.state.lifecycle[rows], self.state.alpha[rows]
+        if lifecycle.device != y.device:
+            lifecycle, alpha = (
+                lifecycle.to(y.device, non_blocking=True),
+                alpha.to(y.device, non_blocking=True),
+            )
+        out = y
+        for name, bank in self.slots.items():
+            kind = bank.kind
+            tap = {"chunk": None, "layer": layer_input, "block": block_input}[kind.tap]
+            if tap is None and kind.tap != "chunk":
+                raise SeedError(
+                    f"site {self.path!r}: blueprint {name!r} reads the {kind.tap}'s input, and got none"
+                )
+            out = active.through_bank(
+                out,
+                y,
+                tap,
+                bank.leaves(),
+                active.describe(bank.owner, lifecycle, alpha, self.features),
+                kind,
+                bank.geometry,
+                bank.blend,
+                self.feature_axis,
+                isolated_only=isolated_only,
+            )
+        return out
+
+    def train_rows(self, bank: SlotBank) -> Tensor:
+        """[K] bool: the slots of `bank` whose owner's state trains."""
+        rows = slice(self.offset, self.offset + self.seeds)
+        state = self.state
+        return active.describe(bank.owner, state.lifecycle[rows], state.alpha[rows], self.features).trains
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSite:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        store = self.state.store
+        if store is not None and store.hidden:
+            self.state._apply(fn)  # the root can't have it as a child, so its sites bring it along
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.path!r}, features={self.features}, seeds={self.seeds}, mode={self.mode.name}"
+
+
+class FunctionalSites(nn.Module):
+    """The sites of a module that applies its own parameters itself: one child a parameter name."""
+
+
+def _gradient_hook(site: SeedSite, value: Tensor) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        accumulate_gradient(site, value, grad.detach())
+
+    return hook
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The layer's input: its first positional argument, else its first keyword, that is a floating tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None

@@ -1,0 +1,192 @@
+"""State of all seeds as a structure of arrays: one row per seed, in the order of the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from morphc.kernels.reference.telemetry import Sums
+from morphc.lifecycle import TABLE, Lifecycle
+
+if TYPE_CHECKING:
+    from morphc.runtime.attach import SeedStore
+
+HISTORY = 10
+INT_ARRAYS: Final = (
+    "lifecycle",
+    "slot",
+    "ticks_in_state",
+    "graft",
+    "parent_state",
+    "error_count",
+    "embargo",
+)
+FLOAT_ARRAYS: Final = ("alpha", "score")
+
+# Rows of `sums` (float64) and `counts` (int64).
+SHIFT, SUM, SQUARES, ROW_SQUARES, PEAK, GRAD_SQUARES, SALIENCY = range(7)
+COUNT, ZEROS, NONFINITE, ROWS, GRAD_SAMPLES = range(5)
+
+HEALTH: Final = (
+    "count",
+    "mean",
+    "variance",
+    "dead_fraction",
+    "correlation",
+    "peak",
+    "nonfinite",
+    "gradient_norm",
+    "saliency",
+)
+
+
+class SeedState(nn.Module):
+    """Buffers [N]; `history` [N, 10, 3] holds (tick, from, to), a ring that `transitions` counts, or -1.
+
+    Their types never change: `.half()` and `.to(dtype)` move them and leave the numbers alone.
+    """
+
+    lifecycle: Tensor
+    slot: Tensor
+    ticks_in_state: Tensor
+    graft: Tensor
+    parent_state: Tensor
+    error_count: Tensor
+    embargo: Tensor
+    alpha: Tensor
+    score: Tensor
+    history: Tensor
+    transitions: Tensor
+    tick: Tensor
+    sums: Tensor
+    counts: Tensor
+    widths: Tensor
+
+    def __init__(self, widths: Sequence[int], device: torch.device | None = None) -> None:
+        super().__init__()
+        count = len(widths)
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        for name in INT_ARRAYS:
+            self.register_buffer(name, torch.zeros(count, **ints))
+        self.slot.fill_(-1)
+        self.graft.fill_(-1)
+        for name in FLOAT_ARRAYS:
+            self.register_buffer(name, torch.zeros(count, dtype=torch.float32, device=device))
+        self.register_buffer("history", torch.full((count, HISTORY, 3), -1, **ints))
+        self.register_buffer("transitions", torch.zeros(count, **ints))
+        self.register_buffer("tick", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("sums", torch.zeros(7, count, dtype=torch.float64, device=device))
+        self.register_buffer("counts", torch.zeros(5, count, dtype=torch.int64, device=device))
+        self.register_buffer(
+            "widths", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False
+        )
+        self.store: SeedStore | None = None
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedState:
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            moved = fn(buffer)
+            if moved.dtype != buffer.dtype:
+                moved = buffer.to(moved.device)
+            self._buffers[name] = moved
+        return self
+
+    def reset_telemetry(self) -> None:
+        """Begin a new window."""
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def add(self, offset: int, sums: Sums) -> None:
+        """Merge what one activation of the site at row `offset` measured."""
+        seeds = sums.total.shape[0]
+        kept = self.sums[:, offset : offset + seeds]
+        counts = self.counts[:, offset : offset + seeds]
+        device = kept.device
+        merge(kept, counts, sums if sums.total.device == device else _moved(sums, device))
+
+    def health(self) -> Tensor:
+        """[len(HEALTH), N] float64, derived from the window's sums.
+
+        mean and variance (population) of all finite values · dead fraction of all values · correlation:
+        average over the pairs of features of a chunk (intraclass: (Var(row sum) - C v) / (C (C - 1) v) with
+        v the chunk's variance; NaN for one feature) · gradient norm: root of the mean over samples of the
+        sum of g^2 · saliency: mean over samples of the sum of |x g|. NaN where nothing was measured.
+        """
+        count = self.counts[COUNT].to(torch.float64)
+        rows = self.counts[ROWS].to(torch.float64)
+        width = self.widths.to(torch.float64)
+        total = count + self.counts[NONFINITE]
+        offset = self.sums[SUM] / count
+        variance = (self.sums[SQUARES] / count - offset.square()).clamp(min=0)
+        row_variance = self.sums[ROW_SQUARES] / rows - (self.sums[SUM] / rows).square()
+        spread = width * variance
+        correlation = (row_variance - spread) / ((width - 1) * spread)
+        nan = torch.full_like(count, torch.nan)
+        samples = self.counts[GRAD_SAMPLES].to(torch.float64)
+        return torch.stack(
+            (
+                total,
+                self.sums[SHIFT] + offset,
+                variance,
+                self.counts[ZEROS] / total,
+                torch.where(width > 1, correlation, nan),
+                torch.where(count > 0, self.sums[PEAK], nan),
+                self.counts[NONFINITE].to(torch.float64),
+                (self.sums[GRAD_SQUARES] / samples).sqrt(),
+                self.sums[SALIENCY] / samples,
+            )
+        )
+
+
+def merge(kept: Tensor, counts: Tensor, new: Sums) -> None:
+    """Add `new` to the views `kept` [7, S] and `counts` [5, S]: move its sums to the kept shift, then add.
+
+    With d = new.shift - kept shift:  sum of (x - s) = sum + n d,  sum of (x - s)^2 = squares + 2 d sum + n
+    d^2,  and for a row of C values (row + C d)^2 likewise.
+    """
+    fresh = counts[COUNT] == 0
+    kept[SHIFT].copy_(torch.where(fresh, new.shift, kept[SHIFT]))
+    d = new.shift - kept[SHIFT]
+    nd = new.finite * d
+    width = (new.finite + new.nonfinite) // new.rows
+    kept[SUM] += new.total + nd
+    kept[SQUARES] += new.squares + d * (2 * new.total + nd)
+    wide = width * d
+    kept[ROW_SQUARES] += new.row_squares + wide * (2 * new.total + new.rows * wide)
+    torch.maximum(kept[PEAK], new.peak, out=kept[PEAK])
+    counts[COUNT] += new.finite
+    counts[ZEROS] += new.zeros
+    counts[NONFINITE] += new.nonfinite
+    counts[ROWS] += new.rows
+
+
+def _moved(sums: Sums, device: torch.device) -> Sums:
+    moved = [value.to(device) for value in sums[:-1]]
+    return Sums(*moved, rows=sums.rows)
+
+
+def _loaded(state: nn.Module, incompatible: Any) -> None:
+    """The host's mirror of the states follows what was loaded. A command: it may read the device."""
+    assert isinstance(state, SeedState)
+    if state.store is not None:
+        state.store.refresh_modes()
+
+
+def bits(states: Callable[[Lifecycle], bool]) -> int:
+    """A set of lifecycle states as an integer: bit n for state n."""
+    return sum(1 << state for state in TABLE if states(state))
+
+
+BLENDS: Final = bits(lambda state: TABLE[state].forward == "blend")
+TRAINS: Final = bits(lambda state: TABLE[state].trains != "nothing")
+ISOLATED: Final = bits(lambda state: TABLE[state].trains == "isolated")
+
+
+def among(lifecycle: Tensor, states: int) -> Tensor:
+    """Whether each state is in the set; no table on the device, no copy to it."""
+    return torch.bitwise_right_shift(states, lifecycle).bitwise_and(1).to(torch.bool)
