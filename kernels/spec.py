@@ -52,3 +52,21 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_cols: int
     num_warps: int
     num_stages: int
+
+
+class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pair of layers with a pointwise function between: `output(act(norm(inputs[0](x))) [* inputs[1](x)])`.
+
+    `inputs` holds one path, or two for a gated block: first the one that goes through `activation`, then the
+    one that is multiplied. `norm` is a BatchNorm between them. `shared` is the width of the hidden axis.
+    `obstacle` says why the block can't be widened (a cross-feature op, a second consumer, tied weights);
+    empty when it can.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    activation: str
+    kind: Literal["linear", "gated", "conv"]
+    hidden: int
+    norm: str | None = None
+    obstacle: str = ""

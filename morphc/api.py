@@ -12,7 +12,8 @@ from morphc.config import Config
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
-from morphc.runtime.attach import detach_, store_of
+from morphc.runtime.attach import store_of
+from morphc.runtime.plain import plain_attributes
 
 if TYPE_CHECKING:
     from morphc.runtime.seeds import Seeds
@@ -66,9 +67,7 @@ def detach(model: M) -> M:
     The model keeps its sites. What active seeds add is lost; `morphc.fold` keeps it. Raises NotMorphedError.
     """
     store_of(model)
-    plain = clone_tree(model)
-    detach_(plain)
-    return plain
+    return clone_tree(model, attributes=plain_attributes)
 
 
 def enlarge(model: M, *, slots: int) -> M:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 
 from morphc.config import Config
 from morphc.errors import AlreadyMorphedError, ExampleInputError, PlanError, UnsupportedHostError
-from morphc.kernels import devices
 from morphc.passes.capture import Capture
 from morphc.passes.emit import readable_graphs
 from morphc.passes.find_candidates import FindCandidates
@@ -29,6 +27,7 @@ from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes
 from morphc.passes.verify import Verify
 from morphc.reporting import Report
+from morphc.runtime.attach import store_of
 from morphc.version import __version__
 
 VerifyWhen = Literal["auto"] | bool
@@ -81,7 +80,7 @@ def compile_program(
         raise UnsupportedHostError("the passes given don't end in a model; end them with lower")
     _finish(program)
     report = _report(program, records, time.perf_counter() - started)
-    program.model.__dict__["_morphc_report"] = report
+    store_of(program.model).report = report
     return Compiled(program.model, report)
 
 
@@ -341,10 +340,3 @@ def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> 
         graphs=readable_graphs(program),
         tree=tree,
     )
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
-
-
-_ = devices

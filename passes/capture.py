@@ -48,7 +48,8 @@ class Capture:
         for path, region in recording.regions.items():
             program.regions[path] = _captured(path, region, modules[path], self.symbolic)
         for path, module in modules.items():
-            if path not in program.regions and path not in recording.layers and not is_leaf(module):
+            unseen = path not in program.regions and path not in recording.layers
+            if unseen and not is_leaf(module) and not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 reason = "the example input never reached it"
                 program.regions[path] = CapturedRegion(path, type(module).__name__, "as_written", reason, "")
 

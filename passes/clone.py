@@ -28,13 +28,16 @@ _OWN_DICTS = ("_parameters", "_buffers", "_modules")
 _MAX_DEPTH = 6
 
 
-def clone_tree(root: M, *, copy_tensors: bool = False) -> M:
+def clone_tree(
+    root: M, *, copy_tensors: bool = False, attributes: Callable[[nn.Module], dict[str, Any]] = vars
+) -> M:
     """Clone `root` and every module below it.
 
-    copy_tensors: give the clone tensors of its own (ties kept) instead of sharing the host's.
+    copy_tensors: give the clone tensors of its own (ties kept) instead of sharing the host's. attributes: what
+    each clone is filled with, `vars` of the module unless told otherwise.
     """
     memo: dict[int, nn.Module] = {}
-    originals = list(_all_modules(root))
+    originals = list(_all_modules(root, attributes))
     for module in originals:
         if isinstance(module, torch.jit.ScriptModule):
             memo[id(module)] = copy.deepcopy(module) if copy_tensors else module
@@ -44,14 +47,14 @@ def clone_tree(root: M, *, copy_tensors: bool = False) -> M:
     for module in originals:
         clone = memo[id(module)]
         if clone is not module and not isinstance(module, torch.jit.ScriptModule):
-            _fill(clone, module, rebind)
+            _fill(clone, module, rebind, attributes(module))
     result = memo[id(root)]
     if copy_tensors:
         _own_tensors(result)
     return cast(M, result)
 
 
-def _all_modules(root: nn.Module) -> Iterator[nn.Module]:
+def _all_modules(root: nn.Module, attributes: Callable[[nn.Module], dict[str, Any]]) -> Iterator[nn.Module]:
     """`root.modules()` and the modules reachable only through plain attributes."""
     seen: set[int] = set()
     stack = [root]
@@ -63,8 +66,9 @@ def _all_modules(root: nn.Module) -> Iterator[nn.Module]:
         yield module
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        stack.extend(child for child in module._modules.values() if child is not None)
-        for name, value in vars(module).items():
+        own = attributes(module)
+        stack.extend(child for child in own["_modules"].values() if child is not None)
+        for name, value in own.items():
             if name not in _OWN_DICTS:
                 stack.extend(_modules_in(value, 0))
 
@@ -147,9 +151,9 @@ class _Rebinder:
         return type(value)(self(value.hook), target)
 
 
-def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder) -> None:
+def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: dict[str, Any]) -> None:
     state: dict[str, Any] = {}
-    for name, value in vars(module).items():
+    for name, value in attributes.items():
         if name in ("_parameters", "_buffers"):
             state[name] = copy.copy(value)
         elif name == "_modules":

@@ -16,7 +16,7 @@ from morphc.passes.layers import WEIGHTED_CALLS
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
-from morphc.passes.recording import _function_name
+from morphc.passes.recording import function_name
 
 
 @register_pass
@@ -72,7 +72,7 @@ def _site_of_module(
 
 
 def _site_of_call(node: fx.Node, region: str, functional: dict[str, Site]) -> Site | None:
-    name = node.meta.get("function") or _function_name(node.target)
+    name = node.meta.get("function") or function_name(node.target)
     if name not in WEIGHTED_CALLS:
         return None
     for operand in node.all_input_nodes:

@@ -87,7 +87,7 @@ def _request(site: Site, modules: dict[str, nn.Module]) -> SiteRequest:
         output_index=site.output_index,
         block=site.block,
         parameter=site.parameter,
-        owner=site.owner,
+        owner=modules[site.owner] if site.owner is not None else None,
         tap_features=site.tap_features,
     )
 

@@ -7,29 +7,13 @@ from typing import Literal
 
 import msgspec
 
-from morphc.kernels.spec import KernelSpec, TuneConfig
+from morphc.kernels.spec import Block, KernelSpec, TuneConfig
 
 SCHEMA_VERSION = 1
 
+__all__ = ["SCHEMA_VERSION", "Block", "Level", "Miss", "Plan", "RegionNote", "Site"]
+
 Level = Literal["rewritten", "matched", "as_written"]
-
-
-class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A pair of layers with a pointwise function between: `output(act(norm(inputs[0](x))) [* inputs[1](x)])`.
-
-    `inputs` holds one path, or two for a gated block: first the one that goes through `activation`, then the
-    one that is multiplied. `norm` is a BatchNorm between them. `shared` is the width of the hidden axis.
-    `obstacle` says why the block can't be widened (a cross-feature op, a second consumer, tied weights);
-    empty when it can.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    activation: str
-    kind: Literal["linear", "gated", "conv"]
-    hidden: int
-    norm: str | None = None
-    obstacle: str = ""
 
 
 class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

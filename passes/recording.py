@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import operator
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ _VALUE_READS = frozenset(
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__")
 )
 _TORCH_DIR = torch.__path__[0]
-_OWN_FILES = (__file__,)
+# This package's own frames: `morphc/passes` is reached under that name, whatever the checkout looks like.
+_OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @dataclass
@@ -138,13 +140,13 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.leaf_depth:
             return func(*args, **kwargs)
-        name = _function_name(func)
+        name = function_name(func)
         if name in _VALUE_READS:
             self._note_value_read(name, args[0])
         result = func(*args, **kwargs)
         if name == "torch.Tensor.__setitem__":
             self._add(func, name, args, kwargs, args[0])
-        elif any(isinstance(leaf, torch.Tensor) for leaf in _leaves(result)):
+        elif any(isinstance(leaf, torch.Tensor) for leaf in tensor_leaves(result)):
             self._add(func, name, args, kwargs, result)
         return result
 
@@ -157,7 +159,7 @@ class _Recorder(TorchFunctionMode):
         frame.region.data_dependent = f"control flow reads a tensor's value ({verb}) at {file}:{line}"
 
     def _add(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        inputs = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in tensor_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         file, line = _user_frame()
         number = self._flow_node("function", name, inputs, result, source=f"{file}:{line}")
         if "approximate" in kwargs:
@@ -185,7 +187,7 @@ class _Recorder(TorchFunctionMode):
         if self.leaf_depth:
             return run(*args, **kwargs)
         parent = self.stack[-1] if self.stack else None
-        file, line = _user_frame()
+        source = "{}:{}".format(*_user_frame()) if parent is not None else ""
         leaf = path is None or is_leaf(module)
         if leaf:
             self.leaf_depth += 1
@@ -197,20 +199,20 @@ class _Recorder(TorchFunctionMode):
             assert path is not None
             result = self._enter(path, module, parent, run, args, kwargs)
         shown = path if path is not None else type(module).__name__
-        inputs = [leaf_ for leaf_ in _leaves((args, kwargs)) if isinstance(leaf_, torch.Tensor)]
+        inputs = [leaf_ for leaf_ in tensor_leaves((args, kwargs)) if isinstance(leaf_, torch.Tensor)]
         if leaf:
             kind = "module" if path is not None else "foreign_module"
-            number = self._flow_node(kind, shown, inputs, result, source=f"{file}:{line}")
+            number = self._flow_node(kind, shown, inputs, result, source=source)
             self.flow.nodes[number]["module_class"] = type(module).__name__
             self.flow.nodes[number]["variant"] = getattr(module, "approximate", None)
         if path is not None:
-            self._note_layer(path, parent, args, kwargs, result, f"{file}:{line}")
+            self._note_layer(path, parent, args, kwargs, result, source)
         if parent is not None:
             target = _relative(shown, parent.region.path)
             node = parent.region.graph.create_node(
                 "call_module", target, _as_args(self._argument(parent, args)), self._argument(parent, kwargs)
             )
-            node.meta["source"] = f"{file}:{line}"
+            node.meta["source"] = source
             node.meta["path"] = shown
             node.meta["module_class"] = type(module).__name__
             self._bind(parent, node, result)
@@ -221,12 +223,12 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         first = path not in self.regions
         region = Region(
-            path, module, fx.Graph(), parent.region.path if parent else None, _definition(module)
+            path, module, fx.Graph(), parent.region.path if parent else None, definition(module)
         )
         frame = _Frame(region)
         for name, value in _named_arguments(module, args, kwargs):
             region.arguments[name] = value is not None
-            for index, leaf in enumerate(x for x in _leaves(value) if isinstance(x, torch.Tensor)):
+            for index, leaf in enumerate(x for x in tensor_leaves(value) if isinstance(x, torch.Tensor)):
                 node = region.graph.placeholder(name if index == 0 else f"{name}_{index}")
                 frame.node_of[id(leaf)] = (node, None)
                 node.meta["shape"], node.meta["dtype"] = tuple(leaf.shape), leaf.dtype
@@ -255,7 +257,7 @@ class _Recorder(TorchFunctionMode):
             return
         layer.region = parent.region.path if parent else None
         layer.source = source
-        first_in = next((x for x in _leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+        first_in = next((x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
         layer.input_shape = None if first_in is None else tuple(first_in.shape)
         layer.output_kind = type(result).__name__
         watched = result
@@ -277,7 +279,7 @@ class _Recorder(TorchFunctionMode):
     def _flow_node(self, kind: str, name: str, inputs: list[torch.Tensor], result: Any, source: str) -> int:
         number = self.flow.number_of_nodes()
         regions = tuple(frame.region.path for frame in self.stack if frame is not None)
-        outputs = [leaf for leaf in _leaves(result) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tensor_leaves(result) if isinstance(leaf, torch.Tensor)]
         weights = tuple(self.parameters.get(id(t)) or self.derived.get(id(t)) for t in inputs)
         self.flow.add_node(
             number,
@@ -312,7 +314,7 @@ class _Recorder(TorchFunctionMode):
             self.keep.append(result)
             node.meta["shape"], node.meta["dtype"] = tuple(result.shape), result.dtype
             return
-        for index, leaf in enumerate(x for x in _leaves(result) if isinstance(x, torch.Tensor)):
+        for index, leaf in enumerate(x for x in tensor_leaves(result) if isinstance(x, torch.Tensor)):
             frame.node_of[id(leaf)] = (node, index)
             self.keep.append(leaf)
 
@@ -334,7 +336,7 @@ class _Recorder(TorchFunctionMode):
             return type(value)(self._argument(frame, item) for item in value)
         if type(value) is dict:
             return {str(key): self._argument(frame, item) for key, item in value.items()}
-        return tree_map(one, value) if not _is_foreign(value) else [one(leaf) for leaf in _leaves(value)]
+        return tree_map(one, value) if not _is_foreign(value) else [one(leaf) for leaf in tensor_leaves(value)]
 
     def _node(self, frame: _Frame, tensor: torch.Tensor) -> fx.Node:
         known = frame.node_of.get(id(tensor))
@@ -366,7 +368,7 @@ def _readable(func: Any, name: str) -> Any:
     return getter
 
 
-def _function_name(func: Any) -> str:
+def function_name(func: Any) -> str:
     name = resolve_name(func)
     if name:
         return name
@@ -377,7 +379,7 @@ def _function_name(func: Any) -> str:
     return f"{module}.{getattr(func, '__qualname__', getattr(func, '__name__', repr(func)))}"
 
 
-def _leaves(value: Any) -> list[Any]:
+def tensor_leaves(value: Any) -> list[Any]:
     """Leaves of containers; objects that torch doesn't know (dataclasses, caches) are looked into once."""
     leaves: list[Any] = []
     for leaf in tree_leaves(value):
@@ -404,13 +406,18 @@ def _relative(path: str, region: str) -> str:
     return path if path else "_root"
 
 
+def is_users(file: str) -> bool:
+    """Whether a code object's file is neither torch's nor morphc's nor made at run time."""
+    return not file.startswith((_TORCH_DIR, _OWN_DIR, "<"))
+
+
 def _user_frame() -> tuple[str, int]:
     """file and line of the nearest caller outside of torch and of this module."""
     frame = sys._getframe(2)
     fallback = ("<torch>", 0)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file not in _OWN_FILES and not file.startswith((_TORCH_DIR, "<")):
+        if is_users(file):
             return file, frame.f_lineno
         if fallback[1] == 0 and file.startswith(_TORCH_DIR) and "/nn/modules/" in file:
             fallback = (file, frame.f_lineno)
@@ -420,7 +427,7 @@ def _user_frame() -> tuple[str, int]:
     return fallback
 
 
-def _definition(module: nn.Module) -> str:
+def definition(module: nn.Module) -> str:
     """file:line of the module's forward."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
@@ -492,11 +499,11 @@ def strip_user_hooks(root: nn.Module) -> None:
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = vars(module).get(name)
             if hooks:
-                for key in [k for k, hook in hooks.items() if not _is_torch_hook(hook)]:
+                for key in [k for k, hook in hooks.items() if not is_torch_hook(hook)]:
                     del hooks[key]
 
 
-def _is_torch_hook(hook: Any) -> bool:
+def is_torch_hook(hook: Any) -> bool:
     hook = getattr(hook, "hook", hook)
     origin = getattr(hook, "__module__", None) or type(hook).__module__
     return origin.startswith("torch.") or type(hook).__module__.startswith("torch.")
@@ -554,18 +561,18 @@ def _attempt(
         try:
             clone(*args, **kwargs)
         except Exception as raised:  # whatever the model's own code raises: the caller decides what it means
-            error, source = _describe(raised)
+            error, source = describe_error(raised)
     how = "" if error else ("fake" if fake else "real")
     return Recording(how, recorder.regions, recorder.layers, recorder.flow, error, source)
 
 
-def _describe(raised: BaseException) -> tuple[str, str]:
+def describe_error(raised: BaseException) -> tuple[str, str]:
     """The first line of an error, and the file:line in the user's code where it came from."""
     where = ""
     trace = raised.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if file not in _OWN_FILES and not file.startswith((_TORCH_DIR, "<")):
+        if is_users(file):
             where = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
     text = str(raised).strip().split("\n")[0]

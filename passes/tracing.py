@@ -13,12 +13,9 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from morphc.passes.recording import Region, _definition, is_leaf
-
-_TORCH_DIR = torch.__path__[0]
+from morphc.passes.recording import Region, definition, is_leaf, is_users
 
 
 @dataclass
@@ -58,7 +55,7 @@ def _nearest_user_line() -> str:
     frame = inspect.currentframe()
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith((_TORCH_DIR, "<")):
+        if is_users(file):
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -73,14 +70,14 @@ def trace_region(region: Region, clone: nn.Module) -> Traced:
     try:
         signature = inspect.signature(clone.forward)
     except (TypeError, ValueError) as error:
-        return Traced(None, None, f"its forward has no readable signature ({error})", _definition(clone))
+        return Traced(None, None, f"its forward has no readable signature ({error})", definition(clone))
     concrete: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            return Traced(None, None, f"its forward takes *{name}", _definition(clone))
+            return Traced(None, None, f"its forward takes *{name}", definition(clone))
         if not region.arguments.get(name, False):
             if parameter.default is parameter.empty:
-                return Traced(None, None, f"argument {name!r} was None in the example", _definition(clone))
+                return Traced(None, None, f"argument {name!r} was None in the example", definition(clone))
             concrete[name] = parameter.default
     graphs = []
     flag = clone.training
@@ -151,7 +148,7 @@ def _plain_words(kind: str, text: str) -> str:
 def _where(error: BaseException) -> str:
     found = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((_TORCH_DIR, "<")) and frame.filename != __file__:
+        if is_users(frame.filename):
             found = f"{frame.filename}:{frame.lineno}"
     return found
 

@@ -26,8 +26,8 @@ from morphc.errors import VerificationError
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.recording import _describe, _is_torch_hook, _leaves
-from morphc.runtime.attach import silent_telemetry
+from morphc.passes.recording import describe_error, is_torch_hook, tensor_leaves
+from morphc.runtime.attach import store_of
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -86,6 +86,19 @@ def _account(regions: list[str], sites: list[str], difference: str) -> str:
     return f"{difference}: {' and '.join(filter(None, (what, lost)))}; with that, host and model are equal"
 
 
+@contextlib.contextmanager
+def silent_telemetry(model: nn.Module) -> Iterator[None]:
+    """Runs made here are no samples."""
+    pulses = [(site.pulse, site.pulse.every) for site in store_of(model).sites.values()]
+    try:
+        for pulse, _ in pulses:
+            pulse.every = 0
+        yield
+    finally:
+        for pulse, every in pulses:
+            pulse.every = every
+
+
 def doubled(args: Any, kwargs: Any) -> Any:
     """The same inputs with every tensor concatenated to itself along its first axis."""
 
@@ -113,7 +126,7 @@ class _Runner:
                     try:
                         inputs = doubled(*self.example)
                     except RuntimeError as error:
-                        self.notes.append(f"a doubled batch can't be made: {_describe(error)[0]}")
+                        self.notes.append(f"a doubled batch can't be made: {describe_error(error)[0]}")
                         continue
                 for training in (True, False):
                     mode = "train" if training else "eval"
@@ -153,7 +166,7 @@ class _Runner:
         try:
             return self._run(module, inputs, training), ""
         except Exception as error:  # the host's own code may raise anything; the caller compares who raised
-            return {}, _describe(error)[0]
+            return {}, describe_error(error)[0]
 
     def _run(self, module: nn.Module, inputs: Any, training: bool) -> dict[str, Any]:
         parameters = {n: p for n, p in self.host.named_parameters() if p.requires_grad}
@@ -167,10 +180,10 @@ class _Runner:
             return copied.requires_grad_(True) if copied.is_floating_point() else copied
 
         args, kwargs = tree_map(fresh, inputs)
-        leaves = [x for x in _leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        leaves = [x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
         with isolated(module, training=training, keep_hooks=self.keep_hooks), torch.enable_grad():
             output = module(*args, **kwargs)
-            values = [x for x in _leaves(output) if isinstance(x, torch.Tensor)]
+            values = [x for x in tensor_leaves(output) if isinstance(x, torch.Tensor)]
             seeds = [x for x in values if x.requires_grad and x.is_floating_point()]
             grads: list[torch.Tensor | None] = []
             if seeds:
@@ -272,7 +285,7 @@ def _scratch(before: dict[str, Any], training: bool, keep_hooks: bool) -> dict[s
         elif name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             if not keep_hooks and value:
                 kept = type(value)()
-                kept.update((k, h) for k, h in value.items() if _is_torch_hook(h))
+                kept.update((k, h) for k, h in value.items() if is_torch_hook(h))
                 fresh[name] = kept
         elif type(value) in (list, dict, set):
             fresh[name] = value.copy()

@@ -1,0 +1,48 @@
+"""A module as it was before morphc: what a clone without sites is made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from morphc.runtime import fastpath
+from morphc.runtime.attach import CHILD, SeedRoot, SiteForward, _load_hook, _save_hook
+from morphc.runtime.regions import RewrittenForward, WatchedForward
+from morphc.runtime.site import FunctionalSites, SeedSite
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """`vars(module)` without a site, a wrapped forward, or a hook of morphc's. The module itself is left alone."""
+    attributes = dict(vars(module))
+    forward = attributes.get("forward")
+    while isinstance(forward, SiteForward | RewrittenForward | WatchedForward):
+        forward = forward.replaced if isinstance(forward, SiteForward) else forward.previous
+        attributes.pop("forward")
+        if forward is not None:
+            attributes["forward"] = forward
+    attributes.pop(CHILD, None)
+    saved = attributes.pop(fastpath._SAVED, None)
+    if saved is not None:
+        attributes["use_nested_tensor"] = saved
+    children = attributes["_modules"]
+    if isinstance(children.get(CHILD), SeedSite | SeedRoot | FunctionalSites):
+        attributes["_modules"] = _without(children, lambda name, _: name == CHILD)
+    for table, own in (
+        ("_forward_hooks", fastpath.no_fast_path),
+        ("_state_dict_hooks", _save_hook),
+        ("_load_state_dict_pre_hooks", _load_hook),
+    ):
+        if any(_is(hook, own) for hook in attributes.get(table, {}).values()):
+            attributes[table] = _without(attributes[table], lambda _, hook, own=own: _is(hook, own))
+    return attributes
+
+
+def _is(hook: Any, own: Any) -> bool:
+    return hook is own or getattr(hook, "hook", None) is own
+
+
+def _without(table: Any, drop: Any) -> Any:
+    kept = type(table)()
+    kept.update((name, value) for name, value in table.items() if not drop(name, value))
+    return kept
