@@ -1,0 +1,144 @@
+"""The commands: what they take, and their help. What they do is in `morphc.cli.commands`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from morphc.cli.options import with_config
+from morphc.version import __version__
+
+app = typer.Typer(
+    name="morphc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compile a PyTorch model into one that can grow while it trains.",
+    epilog="Exit status: 0 done, 1 the model's code raised or verification failed, "
+    "2 arguments, files or configuration, 130 Ctrl-C.",
+)
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL.PY[:ATTR]",
+        help="A Python file, which is executed, and the name in it of a Module, a Module class or a "
+        "function that makes one. ATTR can be left out when there is only one.",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="SHAPE",
+        help="An example input such as 32x784:f32, 2x16:i64<1000 or mask=2x16:bool (repeatable, in the "
+        "order of forward's arguments). Without any, example_inputs and example_kwargs of the file are used.",
+    ),
+]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="The passes to run instead of the default ones, with options: 'capture,plan-chunks{seeds=64}'.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Write plan.json, report.json, report.html and the graphs as Python here, all or nothing. "
+        "A previous output is replaced.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"morphc {__version__}")
+
+
+@app.command("compile", no_args_is_help=True)
+@with_config
+def compile_(
+    target: Target,
+    options: dict[str, Any],
+    inputs: Inputs = None,
+    passes: Passes = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS",
+            help="Print the graphs after this pass, or after 'all' (repeatable); with --json to stderr.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare outputs and gradients with the host's. By default on, but for a model on meta "
+            "or above 1 GB.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Follow this plan instead of searching.")
+    ] = None,
+    output: Output = None,
+    json: Json = False,
+) -> int:
+    """Compile the model in a file and report on every layer of it."""
+    from morphc.cli import commands
+
+    return commands.compile_file(
+        commands.Job(target, tuple(inputs or ()), options, passes, plan, output, json),
+        print_after=tuple(print_after or ()),
+        verify="auto" if verify is None else verify,
+    )
+
+
+@app.command(no_args_is_help=True)
+@with_config
+def inspect(
+    target: Target,
+    options: dict[str, Any],
+    inputs: Inputs = None,
+    output: Output = None,
+    json: Json = False,
+) -> int:
+    """Show what would be chosen, and why not the rest. Installs nothing; works on meta."""
+    from morphc.cli import commands
+
+    return commands.inspect_file(commands.Job(target, tuple(inputs or ()), options, output=output, json=json))
+
+
+@app.command(no_args_is_help=True)
+@with_config
+def bisect(
+    target: Target,
+    options: dict[str, Any],
+    inputs: Inputs = None,
+    passes: Passes = None,
+    json: Json = False,
+) -> int:
+    """Find the first pass after which the model differs from its host (exit status 1 when there is one)."""
+    from morphc.cli import commands
+
+    return commands.bisect_file(commands.Job(target, tuple(inputs or ()), options, passes, json=json))
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Show what morphc finds on this machine and what it will use."""
+    from morphc.cli import doctor as examination
+
+    return examination.run(json)
