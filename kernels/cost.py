@@ -94,10 +94,10 @@ def backend_for(requested: str, device: Device) -> Backend:
 def roofline(cost: Cost, device: Device, dtype: str, footprint: float = float("inf")) -> Time:
     """Time of `cost`, whose numbers are for a given number of rows.
 
-    `footprint` is the size in bytes of what is passed over: below half of the L2, repeated passes are served
+    `footprint` is the size in bytes of what is passed over: up to twice the L2, repeated passes are served
     from there.
     """
-    bandwidth = device.cache_bandwidth if footprint <= device.l2_bytes / 2 else device.bandwidth
+    bandwidth = device.cache_bandwidth if footprint <= 2 * device.l2_bytes else device.bandwidth
     moving = float(cost.bytes) / bandwidth
     computing = float(cost.matmul) / device.peak(dtype) + float(cost.vector) / device.vector
     launches = float(cost.launches)

@@ -33,20 +33,19 @@ GRANULE = 64
 HIDDEN_FLOPS = 30
 BLEND_FLOPS = {"residual": 2, "lerp": 3, "multiply": 20, "gate": 24}
 
-# The torch backend walks blocks of rows that stay in the cache, so its passes count at the cache's bandwidth,
-# in float32 elements (one that torch vectorises badly counts as the passes that take as long): 27.6 an
-# element, 112 a row and chunk (torch's sums over a short inner axis are slow; chunks of one feature skip
-# them), 17 ops. Fitted by `python -m tests.cost.calibrate` on one thread of a Xeon with torch 2.13, over 8x64
-# to 4096x4096 and chunks of 1 to 256.
-TORCH_TELEMETRY_PASSES = 28
-TORCH_TELEMETRY_CHUNK_PASSES = 112
-TORCH_TELEMETRY_OPS = 17
-# Gather the active chunks (2), blueprint in and out (2), blend (3), scatter (2); and a clone of the whole
-# (2).
-TORCH_ACTIVE_PASSES = 9
-TORCH_CLONE_PASSES = 2
-TORCH_HIDDEN_PASSES = 4
-TORCH_ACTIVE_OPS = 16
+# The torch backend, fitted by `python -m tests.cost.calibrate` on one thread of a Xeon with torch 2.13, over
+# 8x64 to 4096x4096 and chunks of 1 to 256. A pass is one float32 element at the cache's bandwidth; what torch
+# does slowly (reductions over a short axis, gathers) counts as the passes that take as long. Telemetry walks
+# blocks of rows that stay in the cache: 29.5 passes an element, 111 a row and chunk, 18 ops.
+TORCH_TELEMETRY_PASSES = 29
+TORCH_TELEMETRY_CHUNK_PASSES = 111
+TORCH_TELEMETRY_OPS = 18
+# Active seeds: 121 passes an element of the slots' chunks (gathered, masked, blended, scattered), 99 a hidden
+# unit, 30 an element of the whole site (which is rebuilt), 17 ops.
+TORCH_ACTIVE_PASSES = 121
+TORCH_HIDDEN_PASSES = 99
+TORCH_WHOLE_PASSES = 30
+TORCH_ACTIVE_OPS = 17
 
 # Blueprints without a pointwise function on hidden units, and those whose work is no matmul.
 _NO_HIDDEN = frozenset({"affine", "lowrank", "depthwise"})
@@ -56,9 +55,10 @@ _NO_MATMUL = frozenset({"affine", "depthwise"})
 class SiteShape(msgspec.Struct, frozen=True, kw_only=True):
     """What the cost of a site depends on, besides its rows.
 
-    fused: the host's activation runs in the site's own kernel, which reads the value anyway (Triton only).
-    owns_input: active columns may be written in place; else the torch backend clones. tap_features: width of
-    what the blueprint reads where that is not its chunk. spatial: spatial axes behind a convolution.
+    fused: the host's activation runs in the site's own kernel, which reads the value anyway. owns_input:
+    active columns may be written in place, else the whole value is copied. (Both matter to Triton only.)
+    tap_features: width of the layer's or block's input. spatial: spatial axes behind a convolution. obstacle:
+    why the block can't be widened.
     """
 
     features: int
@@ -174,11 +174,12 @@ def active(shape: SiteShape, rows: Quantity, backend: Backend, fraction: Fractio
     matmul = 0 if blueprint.name in _NO_MATMUL else work
     vector = vector + (work - matmul)
     if backend == "torch":
-        clone = 0 if shape.owns_input else TORCH_CLONE_PASSES * rows * shape.features * width
-        passes = TORCH_ACTIVE_PASSES * columns * width + TORCH_HIDDEN_PASSES * hidden * width
-        return Cost(parameters + tap + passes + clone, 0, matmul, vector, TORCH_ACTIVE_OPS)
+        passes = TORCH_ACTIVE_PASSES * columns + TORCH_HIDDEN_PASSES * hidden
+        passes = passes + TORCH_WHOLE_PASSES * rows * shape.features
+        return Cost(parameters + tap + 4 * passes, 0, matmul, vector, TORCH_ACTIVE_OPS)
     run = -(-shape.chunk * width // GRANULE) * GRANULE
-    moved = rows * min(count * run, shape.features * width)
+    whole = shape.features * width
+    moved = rows * (min(count * run, whole) if shape.owns_input else whole)
     return Cost(parameters + tap + moved, moved, matmul, vector, 1)
 
 

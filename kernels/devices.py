@@ -24,7 +24,7 @@ class Device(msgspec.Struct, frozen=True):
     """One device.
 
     bandwidth: bytes/s from memory, reads and writes together; cache_bandwidth: the same while the activation
-    fits half of `l2_bytes`. fp64 .. bf16: flop/s of a matmul of that dtype (fp32 without tf32). vector:
+    is at most twice `l2_bytes`. fp64 .. bf16: flop/s of a matmul of that dtype (fp32 without tf32). vector:
     flop/s of float32 arithmetic outside of matmuls. launch_us: device time of a kernel beyond its bytes and
     flops. op_us: host time to issue one op. call_us: Python time to pass through one site that has nothing to
     do. measured: taken on this machine in this process, so it differs from run to run.
@@ -191,11 +191,16 @@ def _measured_cpu(threads: int) -> Device:
         )
 
 
-def _best(run: Callable[[], object], inner: int = 1, repeats: int = 4) -> float:
-    """Seconds of the fastest of a few repeats; the first run, which warms caches, is not counted."""
+def _best(run: Callable[[], object], inner: int = 1) -> float:
+    """Seconds of the fastest of at least 4 runs and 4 ms: a busy machine's slow runs must not be all there
+    are.
+
+    The first run, which warms the caches, is not counted.
+    """
     run()
-    fastest = float("inf")
-    for _ in range(repeats):
+    fastest, began, runs = float("inf"), time.perf_counter(), 0
+    while runs < 4 or time.perf_counter() - began < 4e-3:
+        runs += 1
         start = time.perf_counter()
         for _ in range(inner):
             run()

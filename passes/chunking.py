@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from morphc.config import Config
 from morphc.errors import ConfigError, did_you_mean
 from morphc.kernels import blueprints, cost
+from morphc.kernels.blueprints.base import ConvGeometry
 from morphc.kernels.cost import HostLayer, SiteShape
 from morphc.kernels.cost_terms import dtype_bytes
 from morphc.kernels.devices import Device, nominal
@@ -149,14 +150,16 @@ def plan_chunks(
         replace(site, seeds=count, note=_joined(site.note, note))
         for site, (count, note) in zip(sites, seeds, strict=True)
     ]
-    slots = _slots(chosen, config, _host_bytes(sites, layers) if host_bytes is None else host_bytes)
+    budgeted = _host_bytes(sites, layers) if host_bytes is None else host_bytes
+    slots = _slots(chosen, config, layers, budgeted)
     planned = []
     for site, count in zip(chosen, slots, strict=True):
-        usable, note = usable_blueprints(site, config)
+        layer = layers[site.path]
+        usable, note = usable_blueprints(site, config, layer.conv)
         site = replace(site, slots=count, note=_joined(site.note, note))
-        shape = site_shape(site, config, usable[0] if usable else None)
+        shape = site_shape(site, config, usable[0] if usable else None, layer.conv)
         rows = site.rows or UNKNOWN_ROWS
-        found = cost.predict(shape, layers[site.path], device, rows, backend, active=bool(usable))
+        found = cost.predict(shape, layer, device, rows, backend, active=bool(usable))
         numbers = found.numbers()
         # The two that a report sets side by side: a step of the dormant site and one of its layer.
         numbers |= {"us": numbers["dormant_us"], "layer_us": numbers["host_us"]}
@@ -165,12 +168,18 @@ def plan_chunks(
 
 
 def specs(
-    sites: Sequence[Site], config: Config, *, kinds: Sequence[str] = SPEC_KINDS, arch: str = "any"
+    sites: Sequence[Site],
+    config: Config,
+    *,
+    kinds: Sequence[str] = SPEC_KINDS,
+    arch: str = "any",
+    hosts: Mapping[str, HostLayer] | None = None,
 ) -> tuple[KernelSpec, ...]:
     """Every kernel that planned sites need, each once, in the order of first use; equal layers share."""
     found: dict[KernelSpec, None] = {}
     for site in sites:
-        for blueprint in usable_blueprints(site, config)[0]:
+        layer = (hosts or {}).get(site.path)
+        for blueprint in usable_blueprints(site, config, layer.conv if layer else None)[0]:
             for kind in kinds:
                 spec = KernelSpec(
                     kind=kind,
@@ -191,7 +200,7 @@ def specs(
 
 
 def layout_of(site: Site) -> Layout:
-    """`last` where the features are the last axis, else `channels_first` (memory format shows at run time)."""
+    """`last` where the features are the last axis, else `channels_first`; memory format shows at run time."""
     return "last" if site.feature_axis == -1 else "channels_first"
 
 
@@ -200,8 +209,14 @@ def spatial_axes(site: Site) -> int:
     return -site.feature_axis - 1 if site.feature_axis < 0 else 1
 
 
-def site_shape(site: Site, config: Config, blueprint: str | None = None) -> SiteShape:
-    """The site as the cost model sees it, with the first of the config's blueprints unless one is named."""
+def site_shape(
+    site: Site, config: Config, blueprint: str | None = None, conv: ConvGeometry | None = None
+) -> SiteShape:
+    """The site as the cost model sees it, with the first of the config's blueprints unless one is named.
+
+    `conv` is how the host layer walks its input, if it is a convolution; its block's other one is taken
+    alike.
+    """
     name = blueprint or config.blueprints[0]
     block = site.block
     # The block's own input is as wide as its output wherever the block stands on a residual stream.
@@ -219,6 +234,7 @@ def site_shape(site: Site, config: Config, blueprint: str | None = None) -> Site
         owns_input=site.owns_input,
         tap_features=tap,
         spatial=spatial_axes(site),
+        conv=conv,
         activation=block.activation if block else "gelu",
         gated=block is not None and block.kind == "gated",
         obstacle=block.obstacle if block else "the layer is not the output of a block",
@@ -239,11 +255,13 @@ def host_layer(site: Site) -> HostLayer:
     )
 
 
-def usable_blueprints(site: Site, config: Config) -> tuple[tuple[str, ...], str]:
+def usable_blueprints(
+    site: Site, config: Config, conv: ConvGeometry | None = None
+) -> tuple[tuple[str, ...], str]:
     """Those of the config's blueprints that can stand at the site, and a note on those that can't."""
     usable, refused = [], []
     for name in config.blueprints:
-        reason = blueprints.get(name).refuses(site_shape(site, config, name).geometry)
+        reason = blueprints.get(name).refuses(site_shape(site, config, name, conv).geometry)
         if reason:
             refused.append(f"no {name}: {reason}")
         else:
@@ -291,16 +309,24 @@ def _too_many(option: str, count: int, site: Site) -> ConfigError:
     )
 
 
-def _slots(sites: Sequence[Site], config: Config, host_bytes: int) -> list[int]:
+def _slots(
+    sites: Sequence[Site], config: Config, layers: Mapping[str, HostLayer], host_bytes: int
+) -> list[int]:
     """Slots of every site; none where no blueprint can stand."""
-    usable = [usable_blueprints(site, config)[0] for site in sites]
+    usable = [usable_blueprints(site, config, layers[site.path].conv)[0] for site in sites]
     if config.slots is not None:
         return [config.slots if names else 0 for names in usable]
     each = [
-        cost.slot_bytes(site_shape(site, config), names) for site, names in zip(sites, usable, strict=True)
+        _slot_bytes(site, config, names, layers[site.path].conv)
+        for site, names in zip(sites, usable, strict=True)
     ]
     counts = default_slots(sites, host_bytes, each)
     return [count if names else 0 for count, names in zip(counts, usable, strict=True)]
+
+
+def _slot_bytes(site: Site, config: Config, names: tuple[str, ...], conv: ConvGeometry | None) -> int:
+    """Of one slot in every bank; a blueprint at a time, for each has its own tap."""
+    return sum(cost.slot_bytes(site_shape(site, config, name, conv), (name,)) for name in names)
 
 
 def _host_bytes(sites: Sequence[Site], layers: Mapping[str, HostLayer]) -> int:

@@ -1,0 +1,48 @@
+"""Sites and shapes shared by the tests of the cost model and the chunk planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from morphc.passes.plan import Site
+
+
+def make_site(path: str = "encoder.fc1", features: int = 256, **fields: Any) -> Site:
+    """A Linear's site; `fields` override."""
+    given: dict[str, Any] = {
+        "layer_kind": "linear",
+        "feature_axis": -1,
+        "dtype": "float32",
+        "source": "model.py:41",
+        "captured_as": "rewritten",
+        "why_not_better": "",
+        "tap_features": features,
+        "rows": 512,
+    }
+    return Site(path=path, features=features, **(given | fields))
+
+
+@pytest.fixture
+def gpt2_sites() -> tuple[Site, ...]:
+    """The layers of GPT-2 small: twelve equal blocks and a head."""
+    widths = {
+        "attn.c_attn": (768, 2304),
+        "attn.c_proj": (768, 768),
+        "mlp.c_fc": (768, 3072),
+        "mlp.c_proj": (3072, 768),
+    }
+    blocks = [
+        make_site(f"h.{block}.{name}", out, tap_features=width, rows=1024, host_flops_per_row=2 * width * out)
+        for block in range(12)
+        for name, (width, out) in widths.items()
+    ]
+    return (*blocks, make_site("lm_head", 50257, tap_features=768, rows=1024))
+
+
+@pytest.fixture
+def site() -> Callable[..., Site]:
+    """`make_site`, as a fixture."""
+    return make_site
