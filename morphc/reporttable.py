@@ -164,7 +164,9 @@ def regions_table(regions: Iterable[RegionNote]) -> Table:
         label = label_of([region.path for region in group])
         region = group[0]
         level = Text(region.level.replace("_", " "), LEVEL_STYLE[region.level])
-        table.add_row(label, _times(group), region.module_class, level, region.reason, shorten(region.source))
+        table.add_row(
+            label, _times(group), region.module_class, level, shorten(region.reason), shorten(region.source)
+        )
     return table
 
 
