@@ -2,8 +2,8 @@
 
 A candidate is
 1. a module `nn.Linear`, `nn.Conv*` (subclasses too) whose forward ran;
-2. a look-alike: a module of a class from outside torch.nn called `*Linear` or `*Conv1D`, that holds its own
-   weight (has no candidate below it), whose forward ran;
+2. a look-alike: a module of a class from outside torch.nn called `*Linear` or `*Conv1D`, without a
+   candidate below it and with one matrix of its own at most (a quantized one has none), whose forward ran;
 3. a parameter, or a view of one, that is an operand of `linear`, `conv*`, `matmul`, `mm`, `addmm`, `bmm`,
    `baddbmm` or `einsum` outside of such a module. So are the weights of `nn.MultiheadAttention`, which
    bypasses `out_proj`: a weight is named after its module if that is a Linear.
@@ -64,7 +64,9 @@ def is_candidate(module: nn.Module) -> bool:
     """Cases 1 and 2: a wrapper around another candidate (an adapter) is none itself."""
     if not looks_like_a_layer(module):
         return False
-    return not any(looks_like_a_layer(child) for child in module.modules() if child is not module)
+    if any(looks_like_a_layer(child) for child in module.modules() if child is not module):
+        return False
+    return sum(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None) < 2
 
 
 def width(module: nn.Module) -> int:

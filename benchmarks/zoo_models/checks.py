@@ -128,8 +128,7 @@ def check_compiled(
     result: dict[str, Any],
 ) -> None:
     """The checks that need morphc."""
-    widths = [candidate.features for candidate in candidates if candidate.counted]
-    seeds = min(SEEDS, max(widths, default=SEEDS))
+    seeds = seeds_for(candidates)
     result["seeds_per_layer"] = seeds
     for verify in (False, True):
         label = f"verify={verify}"
@@ -158,6 +157,18 @@ def check_compiled(
                     extras.check_compiled(entry, model, failures.of)
     with failures.of("telemetry in each forward"):
         check_live(entry, candidates, seeds, expected, failures)
+
+
+def check_sites(entry: Entry) -> list[dict[str, Any]]:
+    """For each executed candidate that counts: its path, and whether it got a site."""
+    candidates, _ = executed(entry)
+    model = compiler.compiled(entry.build(), entry, seeds_for(candidates), verify=False)
+    return [row for row in compiler.account(model, candidates)["candidates"] if row["counted"]]
+
+
+def seeds_for(candidates: list[Candidate]) -> int:
+    """The usual number, or what the widest layer allows."""
+    return min(SEEDS, max((each.features for each in candidates if each.counted), default=SEEDS))
 
 
 def check_untouched(before: dict[str, Any], host: nn.Module, failures: Failures, label: str) -> None:

@@ -152,6 +152,6 @@ def check_compiled(entry: Entry, model: nn.Module, guard: Guard) -> None:
     with guard("detach"):
         plain = compiler.load().detach(model)
         left = [key for key in plain.state_dict() if "morphc" in key.split(".")]
-        if left or type(plain) is not type(host):
+        if left or type(plain) is not type(model):
             raise AssertionError(f"detach left {left[:3]}, class {type(plain).__name__}")
         same(expected, evaluated(plain, entry))

@@ -24,7 +24,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 @zoo("functional_linear", FUNCTIONAL, WIDE)
-class FunctionalLinear(nn.Module):
+class FunctionalLayers(nn.Module):
     """F.linear with own parameters."""
 
     def __init__(self) -> None:
