@@ -1,0 +1,202 @@
+"""The small plain module: what is left of slots that don't merge into weights, as torch's own `fx.GraphModule`.
+
+It becomes a child `grown` of the layer and a forward hook on it, so the layer keeps its class, its attributes and its
+state-dict keys, whatever it returns and whether its weight is shared, quantized or computed. The hook runs before the
+user's own hooks, which so see what they saw.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from morphc.errors import FoldError
+from morphc.kernels.blueprints.base import Geometry, get
+
+Span = tuple[int, int]
+
+
+class Grown(NamedTuple):
+    """The blending slots of one bank.
+
+    spans: features [start, stop) of each slot. alpha: [K] float32. params: [K, ...], the slots' own.
+    """
+
+    path: str
+    blueprint: str
+    blend: str
+    seeds: tuple[int, ...]
+    spans: tuple[Span, ...]
+    alpha: Tensor
+    params: dict[str, Tensor]
+    geometry: Geometry
+    feature_axis: int
+
+
+class _Bank(nn.Module):
+    """The computation of one bank's slots, written so that symbolic tracing needs no value."""
+
+    columns: Tensor
+    targets: Tensor
+    kept: Tensor
+    inside: Tensor
+    alpha: Tensor
+
+    def __init__(self, grown: Grown, device: torch.device) -> None:
+        super().__init__()
+        self.grown = grown
+        self.kind = get(grown.blueprint)
+        self.spatial = self.kind.is_spatial(grown.geometry)
+        width = max(stop - start for start, stop in grown.spans)
+        self.shape = (len(grown.spans), grown.geometry.chunk)
+        self.padded = any(stop - start != grown.geometry.chunk for start, stop in grown.spans)
+        assert width <= grown.geometry.chunk
+        trailing = (1,) * (1 + grown.geometry.spatial if self.spatial else 1)
+        inside = torch.zeros(self.shape, dtype=torch.bool)
+        columns = torch.zeros(self.shape, dtype=torch.int64)
+        for slot, (start, stop) in enumerate(grown.spans):
+            columns[slot, : stop - start] = torch.arange(start, stop)
+            inside[slot, : stop - start] = True
+        flat = inside.view(-1)
+        ones = (1,) * grown.geometry.spatial if self.spatial else ()
+        self.register_buffer("columns", columns.view(-1).to(device))
+        self.register_buffer("targets", columns.view(-1)[flat].to(device))
+        self.register_buffer("kept", flat.nonzero().view(-1).to(device))
+        self.register_buffer("inside", inside.view(self.shape[0], 1, self.shape[1], *ones).to(device))
+        self.register_buffer("alpha", grown.alpha.to(device).view(-1, 1, *trailing))
+        for name, value in grown.params.items():
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+    def forward(self, joined: Any, y: Any, tap: Any) -> Any:
+        """`joined` with the slots' columns replaced, computed from the layer's own value `y`."""
+        axis, geometry = self.grown.feature_axis, self.grown.geometry
+        params = {name: getattr(self, name) for name in self.grown.params}
+        like = next(iter(params.values()))
+        if self.spatial:
+            picked = y.index_select(axis, self.columns)
+            # [N, ...] also for an input without a batch axis.
+            chunks = picked.reshape((-1,) + picked.shape[axis:]).unflatten(axis, self.shape)  # noqa: RUF005
+            chunks = chunks.movedim(axis - 1, 0)
+        else:
+            picked = y.movedim(axis, -1).index_select(-1, self.columns)
+            chunks = picked.reshape(-1, *self.shape).transpose(0, 1)
+        x = chunks.type_as(like)
+        if self.padded:
+            x = torch.where(self.inside, x, 0.0)
+        mixed = self._blend(x, self.kind.apply(x if tap is None else self._tap(tap, like), params, geometry))
+        if self.spatial:
+            values = mixed.movedim(0, axis - 1).flatten(axis - 1, axis).reshape(picked.shape)
+            at = axis
+        else:
+            values = mixed.transpose(0, 1).reshape(picked.shape)
+            at = -1
+        if self.padded:
+            values = values.index_select(at, self.kept)
+        return joined.index_copy(axis, self.targets, values.movedim(at, axis).type_as(y))
+
+    def _tap(self, tap: Any, like: Any) -> Any:
+        geometry = self.grown.geometry
+        if geometry.spatial:
+            tap = tap.reshape((-1,) + tap.shape[-1 - geometry.spatial :])  # noqa: RUF005
+        else:
+            tap = tap.reshape(-1, geometry.tap_features)
+        return tap.type_as(like)
+
+    def _blend(self, x: Any, s: Any) -> Any:
+        """`kernels.reference.blends.blend`, with the number of axes known beforehand."""
+        a, blend = self.alpha, self.grown.blend
+        if blend == "residual":
+            return x + a * s
+        if blend == "lerp":
+            return (1 - a) * x + a * s
+        if blend == "multiply":
+            return x * (1 + a * torch.tanh(s))
+        assert blend == "gate"
+        count, ones = self.shape[0], (1,) * (self.grown.geometry.spatial if self.spatial else 0)
+        weight, bias = self.gate_weight.view(count, 1, -1, *ones), self.gate_bias.view(count, 1, 1, *ones)
+        return x + a * torch.sigmoid((x * weight).sum(2, keepdim=True) + bias) * s
+
+
+class _Recipe(nn.Module):
+    """The forward hook of a layer. Traced once; nothing of this class stays."""
+
+    def __init__(
+        self, grown: Sequence[Grown], output_index: int | None, argument: str, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.output_index = output_index
+        self.argument = argument
+        for each in grown:
+            self.add_module(each.blueprint, _Bank(each, device))
+
+    def forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        index = self.output_index
+        y = output if index is None else output[index]
+        joined = y
+        for bank in self.children():
+            assert isinstance(bank, _Bank)
+            tap = None
+            if bank.kind.tap == "layer":
+                # The first argument, given by position or by name.
+                tap = (args + (kwargs.get(self.argument),))[0]  # noqa: RUF005
+            joined = bank(joined, y, tap)
+        if index is None:
+            return joined
+        return output[:index] + (joined,) + output[index + 1 :]  # noqa: RUF005
+
+
+class _Tracer(fx.Tracer):
+    """Parameters come as proxies that know their shape, buffers as plain ones (they can't be the former)."""
+
+    proxy_buffer_attributes = True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return False
+
+
+def grown_module(
+    layer: nn.Module, grown: Sequence[Grown], output_index: int | None, device: torch.device
+) -> fx.GraphModule:
+    """The module for the slots of one site. Raises FoldError for a blueprint that tracing can't follow."""
+    recipe = _Recipe(grown, output_index, _first_argument(layer), device)
+    try:
+        graph = _Tracer().trace(recipe)
+    except Exception as error:  # whatever a user's blueprint raises when it meets a proxy
+        names = ", ".join(repr(each.blueprint) for each in grown)
+        raise FoldError(
+            f"{grown[0].path!r}: the forward of blueprint {names} can't be written as a torch.fx graph ({error}); "
+            "let its apply() branch on geometry and parameter shapes only, not on values or shapes of x"
+        ) from error
+    # A pickled GraphModule names its tracer's class; this one's is morphc's.
+    graph._tracer_cls = None
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(recipe, graph, class_name="Grown")
+    module.train(layer.training)
+    return module
+
+
+def _first_argument(layer: nn.Module) -> str:
+    names = list(inspect.signature(type(layer).forward).parameters)
+    return names[1] if len(names) > 1 else "input"
+
+
+def install(layer: nn.Module, module: fx.GraphModule) -> str:
+    """Hang `module` into `layer`; returns the child's name."""
+    name, number = "grown", 1
+    while hasattr(layer, name):
+        number += 1
+        name = f"grown_{number}"
+    layer.add_module(name, module)
+    handle = layer.register_forward_hook(module, prepend=True, with_kwargs=True)
+    # Hooks are numbered by a counter of the process. Unpickling the handle moves the counter past its number; without,
+    # the first hook that a user registers in a new process would take this one's place.
+    vars(layer)[f"{name}_handle"] = handle
+    return name
