@@ -60,6 +60,14 @@ ACTIVATIONS: Final[Mapping[str, Pointwise]] = MappingProxyType(
 DEAD_BELOW_ZERO: Final = frozenset({"relu", "relu6", "relu_squared"})
 """Functions that are exactly zero wherever x <= 0 and nowhere else."""
 
+DEAD_ONLY_AT_ZERO: Final = frozenset({"celu", "elu", "identity", "leaky_relu", "selu", "softsign", "tanh"})
+"""Functions that are exactly zero at x = 0 only."""
+
+DEAD_FAR_BELOW_ZERO: Final[Mapping[str, float]] = MappingProxyType(
+    {"gelu": -5.0, "gelu_tanh": -4.5, "mish": -60.0, "quick_gelu": -40.0, "silu": -80.0}
+)
+"""Functions that are exactly zero at x = 0, and below the bound where float32 runs out of digits."""
+
 
 def activation(name: str) -> Pointwise:
     """The function of that name. Raises UnknownNameError with the nearest known one."""

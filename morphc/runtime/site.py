@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 
 class Pulse:
-    """Counts a site's training forwards in eager mode; assigning to a module's attribute would be slow."""
+    """Counts a site's training forwards in eager mode; assigning to a module's attribute would be slow.
 
-    __slots__ = ("count", "every")
+    `center` is the shift of the state's current `window` as one value a feature, where it is known.
+    """
+
+    __slots__ = ("center", "count", "every", "window")
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.count = 0
+        self.center: Tensor | None = None
+        self.window = -1
 
 
 class Banks(nn.Module):

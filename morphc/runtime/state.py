@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from morphc.kernels.reference.telemetry import Sums
+from morphc.kernels.reference.telemetry_cpu import Cut, HostSums, center_of, first_shift
 from morphc.lifecycle import TABLE, Lifecycle
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class SeedState(nn.Module):
             "widths", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False
         )
         self.store: SeedStore | None = None
+        self.window = 0
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedState:
@@ -98,16 +101,9 @@ class SeedState(nn.Module):
 
     def reset_telemetry(self) -> None:
         """Begin a new window."""
+        self.window += 1
         self.sums.zero_()
         self.counts.zero_()
-
-    def add(self, offset: int, sums: Sums) -> None:
-        """Merge what one activation of the site at row `offset` measured."""
-        seeds = sums.total.shape[0]
-        kept = self.sums[:, offset : offset + seeds]
-        counts = self.counts[:, offset : offset + seeds]
-        device = kept.device
-        merge(kept, counts, sums if sums.total.device == device else _moved(sums, device))
 
     def health(self) -> Tensor:
         """[len(HEALTH), N] float64, derived from the window's sums.
@@ -165,14 +161,30 @@ def merge(kept: Tensor, counts: Tensor, new: Sums) -> None:
     counts[ROWS] += new.rows
 
 
-def _moved(sums: Sums, device: torch.device) -> Sums:
-    moved = [value.to(device) for value in sums[:-1]]
-    return Sums(*moved, rows=sums.rows)
+def center_host(kept: Tensor, counts: Tensor, x: Tensor, cut: Cut) -> Tensor:
+    """The shift to measure `x` around, as [F]; seeds that have measured nothing yet take theirs from `x`."""
+    shift = kept.numpy()[SHIFT]
+    fresh = counts.numpy()[COUNT] == 0
+    if fresh.any():
+        first = first_shift(x, cut)
+        np.copyto(shift, first, where=fresh & np.isfinite(first))
+    return center_of(shift, cut, x)
+
+
+def merge_host(kept: Tensor, counts: Tensor, new: HostSums, cut: Cut, rows: int) -> None:
+    """Add what was measured around the kept shift, through numpy, whose calls cost less."""
+    sums, numbers = kept.numpy(), counts.numpy()
+    sums[SUM : ROW_SQUARES + 1] += new.moments
+    np.maximum(sums[PEAK], new.peak, out=sums[PEAK])
+    numbers[COUNT] += cut.widths * rows
+    numbers[ZEROS] += new.zeros.astype(np.int64)
+    numbers[ROWS] += rows
 
 
 def _loaded(state: nn.Module, incompatible: Any) -> None:
     """The host's mirror of the states follows what was loaded. A command: it may read the device."""
     assert isinstance(state, SeedState)
+    state.window += 1
     if state.store is not None:
         state.store.refresh_modes()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from morphc.kernels.reference.chunks import chunk_sums
-from morphc.kernels.reference.telemetry import as_rows, measure
-from morphc.runtime.state import GRAD_SAMPLES, GRAD_SQUARES, SALIENCY, merge
+from morphc.kernels.reference.telemetry import Sums, as_rows, measure
+from morphc.kernels.reference.telemetry_cpu import cut_of, measure_host
+from morphc.runtime.state import GRAD_SAMPLES, GRAD_SQUARES, SALIENCY, center_host, merge, merge_host
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
@@ -45,8 +46,44 @@ def measurable(y: Tensor, site: SeedSite) -> bool:
 @torch.no_grad()
 def accumulate(site: SeedSite, y: Tensor) -> None:
     """Measure `y` and add it to the site's rows of the state."""
-    sums = measure(as_rows(y, site.feature_axis), site.seeds, site.epilogue, site.near_zero)
-    site.state.add(site.offset, sums)
+    state, pulse = site.state, site.pulse
+    x = as_rows(y, site.feature_axis)
+    rows = slice(site.offset, site.offset + site.seeds)
+    kept, counts = state.sums[:, rows], state.counts[:, rows]
+    if x.device.type != "cpu" or not state.sums.is_cpu:
+        _add_any(x, kept, counts, site.epilogue, site.near_zero)
+        return
+    center = pulse.center
+    if (
+        center is None
+        or pulse.window != state.window
+        or (center.dtype == torch.float64) != (x.dtype == torch.float64)
+    ):
+        center = center_host(kept, counts, x, cut_of(site.features, site.seeds))
+        pulse.center, pulse.window = center, state.window
+    if not _add_host(x, kept, counts, center, site.epilogue, site.near_zero):
+        pulse.center = None
+
+
+def _add_host(
+    x: Tensor, kept: Tensor, counts: Tensor, center: Tensor, epilogue: str | None, near_zero: float
+) -> bool:
+    """False where a value was not finite."""
+    cut = cut_of(x.shape[1], kept.shape[1])
+    found = measure_host(x, center, cut, epilogue, near_zero)
+    if found is None:
+        _add_any(x, kept, counts, epilogue, near_zero)
+        return False
+    merge_host(kept, counts, found, cut, x.shape[0])
+    return True
+
+
+def _add_any(x: Tensor, kept: Tensor, counts: Tensor, epilogue: str | None, near_zero: float) -> None:
+    measured = measure(x, kept.shape[1], epilogue, near_zero)
+    if x.device != kept.device:
+        moved: Any = [v.to(kept.device) if isinstance(v, Tensor) else v for v in measured]
+        measured = Sums(*moved)
+    merge(kept, counts, measured)
 
 
 @torch.no_grad()
@@ -95,8 +132,19 @@ def _watch(
     ticks[0] = count + 1
     if count % every or y.numel() == 0:
         return
-    found = measure(as_rows(y, axis), seeds, epilogue or None, near_zero)
-    merge(sums[:, offset : offset + seeds], counts[:, offset : offset + seeds], found)
+    x = as_rows(y, axis)
+    kept, numbers = sums[:, offset : offset + seeds], counts[:, offset : offset + seeds]
+    if x.is_cpu and sums.is_cpu:
+        _add_host(
+            x,
+            kept,
+            numbers,
+            center_host(kept, numbers, x, cut_of(x.shape[1], seeds)),
+            epilogue or None,
+            near_zero,
+        )
+    else:
+        _add_any(x, kept, numbers, epilogue or None, near_zero)
 
 
 def _add_gradient(
