@@ -25,7 +25,9 @@ def main() -> None:
     ids = example_inputs[0]
     loss = grown(ids, labels=ids).loss
     loss.backward()
-    print(f"loss {loss.item():.3f}, and the host's parameters have gradients: {model.lm_head.weight.grad is not None}")
+    print(
+        f"loss {loss.item():.3f}, and the host's parameters have gradients: {model.lm_head.weight.grad is not None}"
+    )
 
     text = grown.generate(ids[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
     print(f"generate still works: {text.shape[1]} tokens")

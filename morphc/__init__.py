@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from morphc import errors
-    from morphc.api import compile, detach, enlarge, report, seeds  # noqa: A004
+    from morphc.api import compile, detach, enlarge, report, seeds
     from morphc.checkpoint import load, save
     from morphc.config import Config
     from morphc.folding import fold

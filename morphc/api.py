@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
-def compile(  # noqa: A001
+def compile(
     host: M,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -58,7 +58,7 @@ def seeds(model: nn.Module) -> Seeds:
     """A view over every seed of the model, in the order of its sites. Raises NotMorphedError."""
     from morphc.runtime.seeds import Seeds
 
-    return Seeds(store_of(model))
+    return Seeds(model)
 
 
 def detach(model: M) -> M:

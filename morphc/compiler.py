@@ -149,7 +149,13 @@ def _program(
     if args is None and example_kwargs:
         args = ()
     program = Program(
-        host, args, dict(example_kwargs or {}), config or Config(), follow=plan, share=share, progress=progress
+        host,
+        args,
+        dict(example_kwargs or {}),
+        config or Config(),
+        follow=plan,
+        share=share,
+        progress=progress,
     )
     from morphc.kernels.blueprints import base as blueprints
 
@@ -191,23 +197,31 @@ def check_host(host: object) -> None:
         kind = type(module).__name__
         if kind in wrappers and type(module).__module__.startswith("torch."):
             inner = "model.module" if not path else f"the module inside {path!r}"
-            raise UnsupportedHostError(f"this model is wrapped in {kind}: pass {inner}, and wrap what morphc.compile returns")
+            raise UnsupportedHostError(
+                f"this model is wrapped in {kind}: pass {inner}, and wrap what morphc.compile returns"
+            )
         if kind.startswith("FSDP") and hasattr(module, "unshard"):
-            raise UnsupportedHostError("this model was sharded by fully_shard: compile it first, shard it after")
+            raise UnsupportedHostError(
+                "this model was sharded by fully_shard: compile it first, shard it after"
+            )
         if kind == "OptimizedModule":
             raise UnsupportedHostError(
-                f"{path!r} went through torch.compile already: put its _orig_mod back, and torch.compile the whole after"
+                f"{path!r} went through torch.compile already: put its _orig_mod back, "
+                "and torch.compile the whole afterwards"
             )
-    if "morphc" in vars(host) or any("morphc" in m._modules for m in host.modules() if not isinstance(m, torch.jit.ScriptModule)):
+    if "morphc" in vars(host) or any(
+        "morphc" in m._modules for m in host.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ):
         raise AlreadyMorphedError(
             "this model carries seed sites already: use it as it is, or pass morphc.detach(model) to compile it anew"
         )
     if isinstance(host, torch.jit.ScriptModule):
         raise UnsupportedHostError("this model is TorchScript: pass the nn.Module that it was scripted from")
-    lazy = [n for n, p in host.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, p in host.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise UnsupportedHostError(
-            f"parameter {lazy[0]!r} is lazy and has no shape yet ({len(lazy)} of them): run the model once before compiling"
+            f"parameter {lazy[0]!r} is lazy and has no shape yet ({len(lazy)} of them): "
+            "run the model once before compiling"
         )
 
 
@@ -239,7 +253,9 @@ def _wants_verify(verify: VerifyWhen, host: nn.Module, program: Program) -> bool
         return False
     size = sum(p.numel() * p.element_size() for p in parameters)
     if size > _LARGE_BYTES:
-        program.verification = [f"not verified: {size / _LARGE_BYTES:.1f} GiB is above 1 GiB; verify=True does it"]
+        program.verification = [
+            f"not verified: {size / _LARGE_BYTES:.1f} GiB is above 1 GiB; verify=True does it"
+        ]
         return False
     return True
 
@@ -256,11 +272,17 @@ def model_digest(host: nn.Module) -> str:
 
 def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
     if plan.schema_version != SCHEMA_VERSION:
-        raise PlanError(f"the plan's schema_version is {plan.schema_version}, this morphc reads {SCHEMA_VERSION}")
+        raise PlanError(
+            f"the plan's schema_version is {plan.schema_version}, this morphc reads {SCHEMA_VERSION}"
+        )
     if plan.morphc_version.split(".")[:2] != __version__.split(".")[:2]:
-        raise PlanError(f"the plan's morphc_version is {plan.morphc_version!r}, this is {__version__!r}: compile anew")
+        raise PlanError(
+            f"the plan's morphc_version is {plan.morphc_version!r}, this is {__version__!r}: compile anew"
+        )
     if plan.model_class != type(host).__qualname__:
-        raise PlanError(f"the plan's model_class is {plan.model_class!r}, this model is a {type(host).__qualname__!r}")
+        raise PlanError(
+            f"the plan's model_class is {plan.model_class!r}, this model is a {type(host).__qualname__!r}"
+        )
     modules = dict(host.named_modules())
     for site in plan.sites:
         path = site.path.rpartition(".")[0] if site.parameter else site.path
@@ -270,9 +292,13 @@ def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
         for name in ("out_features", "out_channels"):
             width = getattr(module, name, site.features)
             if not site.parameter and isinstance(width, int) and width != site.features:
-                raise PlanError(f"the plan's site {site.path!r} has features={site.features}, this model's {name}={width}")
+                raise PlanError(
+                    f"the plan's site {site.path!r} has features={site.features}, this model's {name}={width}"
+                )
     if plan.model_digest != model_digest(host):
-        raise PlanError("the plan's model_digest differs: the model has other layers or shapes than the plan's")
+        raise PlanError(
+            "the plan's model_digest differs: the model has other layers or shapes than the plan's"
+        )
     if config is not None:
         mine = replace(config)
         for field in mine.__struct_fields__:

@@ -19,7 +19,7 @@ from morphc.errors import ExampleInputError, HostForwardError
 from morphc.passes.clone import clone_tree
 from morphc.passes.manager import register_pass
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
-from morphc.passes.recording import Region, is_leaf, record
+from morphc.passes.recording import Region, is_leaf, own_buffers, quiet_state, record
 from morphc.passes.tracing import trace_region
 
 
@@ -44,9 +44,12 @@ class Capture:
             _explain_failure(program, recording.error, recording.error_source)
         program.recording = recording
         clone = clone_tree(program.host)
+        # Reading a parametrized weight computes it, and some parametrizations update their buffers by that.
+        own_buffers(clone)
         modules = dict(clone.named_modules())
-        for path, region in recording.regions.items():
-            program.regions[path] = _captured(path, region, modules[path], self.symbolic)
+        with quiet_state(clone, training=None):
+            for path, region in recording.regions.items():
+                program.regions[path] = _captured(path, region, modules[path], self.symbolic)
         for path, module in modules.items():
             unseen = path not in program.regions and path not in recording.layers
             if unseen and not is_leaf(module) and not isinstance(module, nn.ModuleList | nn.ModuleDict):

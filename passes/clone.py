@@ -16,7 +16,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,7 +29,7 @@ _MAX_DEPTH = 6
 
 
 def clone_tree(
-    root: M, *, copy_tensors: bool = False, attributes: Callable[[nn.Module], dict[str, Any]] = vars
+    root: M, *, copy_tensors: bool = False, attributes: Callable[[nn.Module], Mapping[str, Any]] = vars
 ) -> M:
     """Clone `root` and every module below it.
 
@@ -42,19 +42,21 @@ def clone_tree(
         if isinstance(module, torch.jit.ScriptModule):
             memo[id(module)] = copy.deepcopy(module) if copy_tensors else module
             continue
-        memo[id(module)] = cast(nn.Module, object.__new__(type(module)))
+        memo[id(module)] = object.__new__(type(module))
     rebind = _Rebinder(memo)
     for module in originals:
         clone = memo[id(module)]
         if clone is not module and not isinstance(module, torch.jit.ScriptModule):
             _fill(clone, module, rebind, attributes(module))
-    result = memo[id(root)]
+    result = cast(M, memo[id(root)])
     if copy_tensors:
         _own_tensors(result)
-    return cast(M, result)
+    return result
 
 
-def _all_modules(root: nn.Module, attributes: Callable[[nn.Module], dict[str, Any]]) -> Iterator[nn.Module]:
+def _all_modules(
+    root: nn.Module, attributes: Callable[[nn.Module], Mapping[str, Any]]
+) -> Iterator[nn.Module]:
     """`root.modules()` and the modules reachable only through plain attributes."""
     seen: set[int] = set()
     stack = [root]
@@ -151,7 +153,7 @@ class _Rebinder:
         return type(value)(self(value.hook), target)
 
 
-def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: dict[str, Any]) -> None:
+def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Mapping[str, Any]) -> None:
     state: dict[str, Any] = {}
     for name, value in attributes.items():
         if name in ("_parameters", "_buffers"):
@@ -205,7 +207,9 @@ def _own_tensors(root: nn.Module) -> None:
 
 def _holds_tensors(value: object, copies: dict[int, torch.Tensor]) -> bool:
     """A plain list of the module's own parameters, such as an LSTM's `_flat_weights`."""
-    return isinstance(value, list) and any(isinstance(item, torch.Tensor) and id(item) in copies for item in value)
+    return isinstance(value, list) and any(
+        isinstance(item, torch.Tensor) and id(item) in copies for item in value
+    )
 
 
 def walk_named(root: nn.Module) -> OrderedDict[str, nn.Module]:

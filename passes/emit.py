@@ -22,9 +22,7 @@ _OPERATORS = {
 
 def readable_graphs(program: Program) -> dict[str, str]:
     """Region path -> source text, for every region that has a graph."""
-    return {
-        path: _region(region) for path, region in program.regions.items() if region.graphs
-    }
+    return {path: _region(region) for path, region in program.regions.items() if region.graphs}
 
 
 def _region(region: CapturedRegion) -> str:
@@ -81,7 +79,11 @@ def _statement(node: fx.Node) -> str:
 
 def _call(node: fx.Node) -> str:
     if node.op == "get_attr":
-        return f"self.{node.target}" if node.target != "_outside" else "...  # a tensor made outside of this forward"
+        return (
+            f"self.{node.target}"
+            if node.target != "_outside"
+            else "...  # a tensor made outside of this forward"
+        )
     if node.op == "call_module":
         return f"{_attribute(str(node.target))}({_arguments(node.args, node.kwargs)})"
     if node.op == "call_method":

@@ -25,7 +25,7 @@ from morphc.passes import layers as kinds_of
 from morphc.passes.flow import ACTIVATION_MODULES, Flow, collapse
 from morphc.passes.layers import Shape, WeightedCall
 from morphc.passes.manager import register_pass
-from morphc.passes.plan import Miss, Site
+from morphc.passes.plan import Level, Miss, Site
 from morphc.passes.program import Program
 from morphc.passes.recording import Layer, Recording
 from morphc.passes.updates import with_plan
@@ -115,6 +115,21 @@ class _Search:
 
     def _functional(self, call: WeightedCall) -> None:
         name = call.parameter
+        if call.inside in self.shapes and call.inside not in self.recording.layers:
+            # `child.forward(x)`: the layer's own site sees that call, since it is the forward that it wraps.
+            shape = self.recording.flow.nodes[call.number]
+            self.recording.layers[call.inside] = Layer(
+                call.inside,
+                1,
+                shape["input_shapes"][0],
+                shape["shape"],
+                shape["dtype"],
+                "Tensor",
+                call.regions[-1] if call.regions else None,
+                call.source,
+            )
+        if call.inside in self.shapes:
+            return
         known = self.calls.get(name)
         if call.reason or call.features == 0:
             self._miss(name, call.kind, call.reason or "its output has no feature axis", call.source, True)
@@ -122,7 +137,9 @@ class _Search:
             self.calls[name] = call
             self.shapes[name] = Shape(call.kind, call.features, call.feature_axis)
         elif (known.features, known.feature_axis) != (call.features, call.feature_axis):
-            reason = f"used twice, with {known.features} and {call.features} output features; the first is watched"
+            reason = (
+                f"used twice, with {known.features} and {call.features} output features; the first is watched"
+            )
             self._miss(f"{name} (at {call.source})", call.kind, reason, call.source, True)
 
     def _outputs(self) -> None:
@@ -132,7 +149,9 @@ class _Search:
             if path in self.calls or layer is None:
                 continue
             if shape.output_index is None and layer.output_kind == "tuple":
-                shape = self.shapes[path] = Shape(shape.kind, shape.features, shape.feature_axis, 0, shape.quantized)
+                shape = self.shapes[path] = Shape(
+                    shape.kind, shape.features, shape.feature_axis, 0, shape.quantized
+                )
             wrong = kinds_of.check_output(shape, layer)
             if wrong and layer.output_kind != "PackedSequence":
                 del self.shapes[path]
@@ -214,8 +233,12 @@ class _Search:
         level, why = self._level(region_path, layer is not None or call is not None)
         module = self.modules.get(path)
         executed = layer is not None or call is not None
-        output = self.recording.flow.nodes[call.number]["shape"] if call else layer.output_shape if layer else None
-        dtype = self.recording.flow.nodes[call.number]["dtype"] if call else layer.output_dtype if layer else None
+        output = (
+            self.recording.flow.nodes[call.number]["shape"] if call else layer.output_shape if layer else None
+        )
+        dtype = (
+            self.recording.flow.nodes[call.number]["dtype"] if call else layer.output_dtype if layer else None
+        )
         if dtype is None and module is not None:
             dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         input_shape = layer.input_shape if layer else None
@@ -251,7 +274,7 @@ class _Search:
         node = self.flow.node_of.get(path)
         return node is not None and self.flow.graph.out_degree(node) <= 1
 
-    def _level(self, region: str | None, executed: bool) -> tuple[str, str]:
+    def _level(self, region: str | None, executed: bool) -> tuple[Level, str]:
         if region is None:
             return ("rewritten", "") if executed else ("as_written", "the example input never reached it")
         captured = self.program.regions.get(region)
@@ -322,13 +345,21 @@ class _Search:
                 layer.source if layer else "", layer is not None,
             )  # fmt: skip
         for call in kinds_of.weighted_calls(self.recording):
-            fused = call.regions and any(r in self.shapes for r in call.regions)
+            fused = call.inside is not None or any(r in self.shapes for r in call.regions)
             if not fused and call.parameter not in self.shapes and call.parameter not in self.misses:
-                self._miss(call.parameter, call.kind, "its value is not visible outside of its module", call.source, True)
+                self._miss(
+                    call.parameter,
+                    call.kind,
+                    "its value is not visible outside of its module",
+                    call.source,
+                    True,
+                )
         for name, owner in self.owners.items():
             in_proj = f"{owner}.in_proj_weight".lstrip(".")
             if name in self.shapes and in_proj not in self.misses:
-                reason = "computed inside torch's fused multi_head_attention_forward, which hands out only its end"
+                reason = (
+                    "computed inside torch's fused multi_head_attention_forward, which hands out only its end"
+                )
                 self._miss(in_proj, "Parameter", reason, executed=owner in self.recording.layers)
 
     def _why_no_layer(self, path: str, module: nn.Module) -> str:
@@ -345,7 +376,13 @@ class _Search:
         return "its forward is not one weighted matmul or convolution"
 
     def _miss(
-        self, path: str, cls: str, reason: str, source: str = "", executed: bool | None = None, candidate: bool = False
+        self,
+        path: str,
+        cls: str,
+        reason: str,
+        source: str = "",
+        executed: bool | None = None,
+        candidate: bool = False,
     ) -> None:
         layer: Layer | None = self.recording.layers.get(path)
         seen = executed if executed is not None else layer is not None or path in self.calls

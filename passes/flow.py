@@ -59,7 +59,15 @@ _ACTIVATION_CALLS = {
 }
 # Activations that a site can apply itself.
 EPILOGUES = ("relu", "gelu", "gelu_tanh", "silu")
-_LOOKED_THROUGH = {"Dropout", "Identity", "Dropout1d", "Dropout2d", "AlphaDropout", "StochasticDepth", "DropPath"}
+_LOOKED_THROUGH = {
+    "Dropout",
+    "Identity",
+    "Dropout1d",
+    "Dropout2d",
+    "AlphaDropout",
+    "StochasticDepth",
+    "DropPath",
+}
 _ADDS = {"add", "__add__", "__iadd__", "__radd__", "add_"}
 _MULS = {"mul", "__mul__", "__imul__", "__rmul__", "mul_"}
 _BATCH_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
@@ -88,7 +96,9 @@ class Flow:
         act = self.graph.nodes[consumer].get("act") if consumer is not None else None
         return act if act in EPILOGUES else None
 
-    def block(self, path: str, kinds: dict[str, str], features: dict[str, int], calls: dict[str, int]) -> Block | None:
+    def block(
+        self, path: str, kinds: dict[str, str], features: dict[str, int], calls: dict[str, int]
+    ) -> Block | None:
         """The block whose output layer is `path`. `kinds`, `features`, `calls`: of each watched layer."""
         node = self.node_of.get(path)
         if node is None:
@@ -120,7 +130,9 @@ class Flow:
         if len({kinds[p] for p in involved}) != 1 or kinds[path] not in ("linear", "conv"):
             return None
         obstacle = self._obstacle(members, [first, feeding, *([norm] if norm is not None else [])])
-        obstacle = obstacle or next((f"{p!r} is called {calls[p]} times" for p in involved if calls[p] > 1), "")
+        obstacle = obstacle or next(
+            (f"{p!r} is called {calls[p]} times" for p in involved if calls[p] > 1), ""
+        )
         if gate is not None and set(self.graph.predecessors(start)) != set(self.graph.predecessors(gate)):
             obstacle = obstacle or "the two branches of the gate read different values"
         shape = "gated" if gate is not None else "conv" if kinds[path] == "conv" else "linear"
@@ -209,7 +221,10 @@ class Flow:
 
 
 def collapse(
-    recorded: nx.DiGraph, layers: set[str], activations: dict[str, str], functional: dict[int, str] | None = None
+    recorded: nx.DiGraph,
+    layers: set[str],
+    activations: dict[str, str],
+    functional: dict[int, str] | None = None,
 ) -> Flow:
     """Collapse the recorded flow.
 

@@ -33,7 +33,8 @@ class FuseEpilogues:
         with_plan(
             program,
             sites=tuple(
-                replace(s, epilogue=flow.epilogue(s.owner or s.path)) if s.executed else s for s in program.plan.sites
+                replace(s, epilogue=flow.epilogue(s.owner or s.path)) if s.executed else s
+                for s in program.plan.sites
             ),
         )
         epilogues = {site.path: site.epilogue for site in program.plan.sites if site.epilogue}

@@ -44,6 +44,22 @@ WEIGHTED_CALLS = {
     "torch.nn.functional.rms_norm": "norm",
     "torch.nn.functional.batch_norm": "norm",
     "torch.nn.functional.group_norm": "norm",
+    "torch._VariableFunctionsClass._grouped_mm": "linear",
+    "torch.nn.functional.grouped_mm": "linear",
+    "aten.linear.default": "linear",
+    "aten.addmm.default": "linear",
+    "aten.mm.default": "linear",
+    "aten.matmul.default": "linear",
+    "aten.bmm.default": "linear",
+    "aten.einsum.default": "linear",
+    "aten.conv1d.default": "conv",
+    "aten.conv2d.default": "conv",
+    "aten.conv3d.default": "conv",
+    "aten.convolution.default": "conv",
+    "aten.embedding.default": "embedding",
+    "aten.layer_norm.default": "norm",
+    "aten.rms_norm.default": "norm",
+    "aten.group_norm.default": "norm",
 }
 # What may stand between the weighted call and the result of a look-alike.
 _TRANSPARENT = {
@@ -74,8 +90,8 @@ def classify(module: nn.Module) -> Shape | None:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return Shape("norm", int(module.normalized_shape[-1]), -1)
     if isinstance(module, _CHANNEL_NORMS):
-        features = getattr(module, "num_features", None) or getattr(module, "num_channels", 0)
-        return Shape("norm", int(features), 1)
+        features: int = getattr(module, "num_features", 0) or getattr(module, "num_channels", 0)
+        return Shape("norm", features, 1)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Shape("embedding", module.embedding_dim, -1)
     if isinstance(module, nn.MultiheadAttention):
@@ -103,7 +119,10 @@ def _quantized(module: nn.Module) -> Shape | None:
 
 @dataclass(frozen=True)
 class WeightedCall:
-    """A torch call with a parameter as one operand."""
+    """A torch call with a parameter as one operand.
+
+    `inside` is the module whose forward was called past `__call__` and made this call, if there is one.
+    """
 
     number: int
     name: str
@@ -113,6 +132,7 @@ class WeightedCall:
     features: int
     source: str
     regions: tuple[str, ...]
+    inside: str | None = None
     reason: str = ""
 
 
@@ -136,7 +156,7 @@ def weighted_calls(recording: Recording) -> list[WeightedCall]:
         found.append(
             WeightedCall(
                 number, data["name"], kind, str(weights[position]), axis, features, data["source"],
-                data["regions"], reason,
+                data["regions"], data.get("inside"), reason,
             )
         )  # fmt: skip
     return found
@@ -144,7 +164,8 @@ def weighted_calls(recording: Recording) -> list[WeightedCall]:
 
 def _weight_position(name: str, weights: tuple[str | None, ...]) -> int | None:
     """Which tensor operand is the weight; None where a parameter takes part only as a bias."""
-    if name in ("torch.addmm", "torch.Tensor.addmm", "torch.baddbmm"):
+    name = name.removesuffix(".default")
+    if name.endswith(("addmm", "baddbmm")):
         candidates = [1, 2]
     elif name.endswith(("mm", "matmul", "__rmatmul__", "einsum", "tensordot")):
         candidates = list(range(len(weights)))
@@ -161,13 +182,14 @@ def _feature_axis(
     shapes: tuple[tuple[int, ...], ...],
     output: tuple[int, ...],
 ) -> tuple[int, str]:
+    name = name.removesuffix(".default")
     if kind == "conv":
         return -(len(shapes[position]) - 1), ""
     if kind == "norm" and ("batch" in name or "group" in name):
         return 1 - len(output), ""
     if name.endswith(("einsum", "tensordot")):
         return _einsum_axis(position, shapes, output)
-    left = position == 0 or (position == 1 and "add" in name)
+    left = position == (1 if name.endswith(("addmm", "baddbmm")) else 0)
     if name.endswith(("mm", "matmul")) and left:
         return (-2, "") if len(output) > 1 else (-1, "")
     return -1, ""

@@ -10,8 +10,9 @@ The host is cloned (new module objects, shared tensors) and the sites are hung i
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -20,7 +21,7 @@ from morphc.passes.clone import clone_tree
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
-from morphc.runtime.attach import SiteRequest, attach
+from morphc.runtime.attach import SiteForward, SiteRequest, attach
 from morphc.runtime.regions import RewrittenForward, WatchedForward
 from morphc.runtime.site import SeedSite
 
@@ -37,6 +38,7 @@ class Lower:
         sites = [site for site in program.plan.sites if site.path not in program.unwatched]
         modules = dict(model.named_modules(remove_duplicate=False))
         attach(model, [_request(site, modules) for site in sites], program.config)
+        rebind_forwards(model)
         functional: dict[str, list[Site]] = {}
         for site in sites:
             if site.parameter:
@@ -44,13 +46,15 @@ class Lower:
         for path, region in program.regions.items():
             changed = region.pristine != graphs_hash(region.graphs)
             region.runs = (
-                region.level == "rewritten" and path not in program.demoted and (changed or path in functional)
+                region.level == "rewritten"
+                and path not in program.demoted
+                and (changed or path in functional)
             )
             if region.runs:
                 wrapped = RewrittenForward(
                     modules[path], {m: _runnable(g) for m, g in region.graphs.items()}, region.given
                 )
-                vars(modules[path])["forward"] = wrapped
+                modules[path].__dict__["forward"] = wrapped
             elif path in functional:
                 _watch(modules, path, functional[path])
         for path in functional.keys() - program.regions.keys():
@@ -58,7 +62,9 @@ class Lower:
         program.model = model
 
     def requires(self, program: Program) -> str:
-        return "" if all(site.seeds for site in program.plan.sites) else "some sites have no seeds planned yet"
+        return (
+            "" if all(site.seeds for site in program.plan.sites) else "some sites have no seeds planned yet"
+        )
 
     def ensures(self, program: Program) -> str:
         if type(program.model) is not type(program.host):
@@ -69,9 +75,7 @@ class Lower:
 def _request(site: Site, modules: dict[str, nn.Module]) -> SiteRequest:
     owner = site.path.rpartition(".")[0] if site.parameter else site.path
     layer = modules[owner]
-    like = next(iter(layer.parameters()), None)
-    if like is None:
-        like = next(iter(layer.buffers()), None)
+    like = next((tensor for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors), None)
     device = like.device if like is not None else torch.device("cpu")
     return SiteRequest(
         path=site.path,
@@ -104,7 +108,27 @@ def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
         child = owners[site.path]._modules["morphc"]
         assert child is not None
         found[site.path] = child.get_submodule(str(site.parameter))  # type: ignore[assignment]
-    vars(modules[path])["forward"] = WatchedForward(modules[path], found, owners)
+    modules[path].__dict__["forward"] = WatchedForward(modules[path], found, owners)
+
+
+def rebind_forwards(model: nn.Module) -> None:
+    """Let bound methods `layer.forward` that a model keeps in its attributes go through the layer's site."""
+
+    def rebound(value: Any) -> Any:
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            wrapper = vars(value.__self__).get("forward")
+            own = type(value.__self__).forward
+            return wrapper if isinstance(wrapper, SiteForward) and value.__func__ is own else value
+        if type(value) is list:
+            value[:] = [rebound(item) for item in value]
+        elif type(value) is dict:
+            value.update({key: rebound(item) for key, item in value.items()})
+        return value
+
+    for module in list(model.modules()):
+        for name, value in list(vars(module).items()):
+            if name not in ("_modules", "_parameters", "_buffers", "forward"):
+                module.__dict__[name] = rebound(value)
 
 
 def _runnable(graph: fx.Graph) -> fx.Graph:
@@ -115,6 +139,8 @@ def _runnable(graph: fx.Graph) -> fx.Graph:
         fresh.output(output)
     fresh.set_codegen(graph._codegen)
     for node in list(fresh.nodes):
+        # Annotations may be strings that mean nothing outside of the user's file, and nobody reads them here.
+        node.type = None
         if node.op == "call_module" and "site" in node.meta and len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
             fresh.erase_node(node)

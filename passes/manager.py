@@ -53,7 +53,9 @@ def register_pass(cls: type[Any]) -> type[Any]:
     """
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen:
-        raise ConfigError(f"pass {cls.__name__} must be a frozen dataclass, so that its options are its fields")
+        raise ConfigError(
+            f"pass {cls.__name__} must be a frozen dataclass, so that its options are its fields"
+        )
     if not isinstance(getattr(cls, "name", None), str) or not callable(getattr(cls, "apply", None)):
         raise ConfigError(f"pass {cls.__name__} needs a class attribute `name` and a method `apply(program)`")
     _REGISTRY[cls.name] = cls

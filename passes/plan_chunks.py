@@ -41,7 +41,9 @@ class PlanChunks:
         device = devices.parse(self.device) if self.device else _device(program.host)
         modules = dict(program.host.named_modules())
         hosts = {
-            site.path: layer for site in program.plan.sites if (layer := _host_layer(site, modules.get(site.path)))
+            site.path: layer
+            for site in program.plan.sites
+            if (layer := _host_layer(site, modules.get(site.path)))
         }
         sites = chunking.plan_chunks(
             program.plan.sites, config, device, host_bytes=_bytes(program.host), hosts=hosts
@@ -67,7 +69,11 @@ def _bytes(host: nn.Module) -> int:
 def _host_layer(site: Site, module: nn.Module | None) -> HostLayer | None:
     """A convolution's stride and kernel, which the site itself doesn't tell."""
     kernel: Any = getattr(module, "kernel_size", None)
-    if module is None or not isinstance(kernel, tuple) or not isinstance(getattr(module, "weight", None), nn.Parameter):
+    if (
+        module is None
+        or not isinstance(kernel, tuple)
+        or not isinstance(getattr(module, "weight", None), nn.Parameter)
+    ):
         return None
     stride: Any = module.stride
     conv = ConvGeometry(

@@ -75,17 +75,22 @@ class Program:
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
-def graph_text(graph: fx.Graph) -> str:
-    """One line a node. Addresses of objects are left out, so that equal graphs give equal texts."""
+def graph_text(graph: fx.Graph, *, annotations: bool = True) -> str:
+    """One line a node. Addresses of objects are left out, so that equal graphs give equal texts.
+
+    annotations: also what passes noted on a node without changing what it computes.
+    """
     lines = []
     for node in graph.nodes:
         target = node._pretty_print_target(node.target) if node.op == "call_function" else str(node.target)
-        extra = f" epilogue={node.meta['epilogue']}" if "epilogue" in node.meta else ""
+        extra = f" epilogue={node.meta['epilogue']}" if annotations and "epilogue" in node.meta else ""
         lines.append(f"  {node.name} = {node.op} {target} {node.args} {node.kwargs}{extra}")
     return re.sub(r" at 0x[0-9a-f]+", "", "\n".join(lines))
 
 
 def graphs_hash(graphs: dict[str, fx.Graph]) -> str:
-    """Hash of a region's graphs."""
-    text = "\n".join(f"{mode}\n{graph_text(graph)}" for mode, graph in sorted(graphs.items()))
+    """Hash of what a region's graphs compute."""
+    text = "\n".join(
+        f"{mode}\n{graph_text(graph, annotations=False)}" for mode, graph in sorted(graphs.items())
+    )
     return hashlib.sha256(text.encode()).hexdigest()

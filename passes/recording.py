@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import logging
 import operator
 import os
 import sys
@@ -38,6 +39,7 @@ _VALUE_READS = frozenset(
     f"torch.Tensor.{name}"
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__")
 )
+_LIBRARIES = {"torch", "transformers", "accelerate", "peft", "diffusers", "lightning"}
 _TORCH_DIR = torch.__path__[0]
 # This package's own frames: `morphc/passes` is reached under that name, whatever the checkout looks like.
 _OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -162,6 +164,8 @@ class _Recorder(TorchFunctionMode):
         inputs = [leaf for leaf in tensor_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         file, line = _user_frame()
         number = self._flow_node("function", name, inputs, result, source=f"{file}:{line}")
+        if any(self.flow.nodes[number]["weights"]):
+            self.flow.nodes[number]["inside"] = self._called_past_call()
         if "approximate" in kwargs:
             self.flow.nodes[number]["variant"] = kwargs["approximate"]
         frame = self.stack[-1] if self.stack else None
@@ -178,6 +182,22 @@ class _Recorder(TorchFunctionMode):
         node.meta["flow"] = number
         node.meta["function"] = name
         self._bind(frame, node, result)
+
+    def _called_past_call(self) -> str | None:
+        """Path of the module whose forward is running without `__call__`: `child.forward(x)`."""
+        current = self.stack[-1].region.module if self.stack and self.stack[-1] is not None else None
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_name == "forward":
+                module = frame.f_locals.get("self")
+                if module is current:
+                    return None
+                if id(module) in self.names:
+                    return self.names[id(module)]
+            if frame.f_back is None:
+                break
+            frame = frame.f_back
+        return None
 
     # -- module calls ------------------------------------------------------------------------------------
 
@@ -222,9 +242,7 @@ class _Recorder(TorchFunctionMode):
         self, path: str, module: nn.Module, parent: _Frame | None, run: Any, args: Any, kwargs: Any
     ) -> Any:
         first = path not in self.regions
-        region = Region(
-            path, module, fx.Graph(), parent.region.path if parent else None, definition(module)
-        )
+        region = Region(path, module, fx.Graph(), parent.region.path if parent else None, definition(module))
         frame = _Frame(region)
         for name, value in _named_arguments(module, args, kwargs):
             region.arguments[name] = value is not None
@@ -277,7 +295,7 @@ class _Recorder(TorchFunctionMode):
         self.reached_input.add(id(tensor))
 
     def _flow_node(self, kind: str, name: str, inputs: list[torch.Tensor], result: Any, source: str) -> int:
-        number = self.flow.number_of_nodes()
+        number: int = self.flow.number_of_nodes()
         regions = tuple(frame.region.path for frame in self.stack if frame is not None)
         outputs = [leaf for leaf in tensor_leaves(result) if isinstance(leaf, torch.Tensor)]
         weights = tuple(self.parameters.get(id(t)) or self.derived.get(id(t)) for t in inputs)
@@ -298,7 +316,8 @@ class _Recorder(TorchFunctionMode):
             if source_node is not None and source_node != number:
                 self.flow.add_edge(source_node, number)
             touched = touched or id(tensor) in self.reached_input
-        if weights and kind == "function" and all(weights):
+        taken = name == "torch.Tensor.__getitem__" and bool(weights[:1]) and weights[0] is not None
+        if weights and kind == "function" and (all(weights) or taken):
             # A view, cast or transpose of a parameter still is that parameter.
             self.derived.update({id(tensor): str(weights[0]) for tensor in outputs})
         for tensor in outputs:
@@ -324,7 +343,9 @@ class _Recorder(TorchFunctionMode):
         def one(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 return self._node(frame, leaf)
-            if leaf is None or isinstance(leaf, bool | int | float | str | complex | torch.dtype | torch.device):
+            if leaf is None or isinstance(
+                leaf, bool | int | float | str | complex | torch.dtype | torch.device
+            ):
                 return leaf
             if isinstance(leaf, slice) or leaf is Ellipsis:
                 return leaf
@@ -336,7 +357,9 @@ class _Recorder(TorchFunctionMode):
             return type(value)(self._argument(frame, item) for item in value)
         if type(value) is dict:
             return {str(key): self._argument(frame, item) for key, item in value.items()}
-        return tree_map(one, value) if not _is_foreign(value) else [one(leaf) for leaf in tensor_leaves(value)]
+        return (
+            tree_map(one, value) if not _is_foreign(value) else [one(leaf) for leaf in tensor_leaves(value)]
+        )
 
     def _node(self, frame: _Frame, tensor: torch.Tensor) -> fx.Node:
         known = frame.node_of.get(id(tensor))
@@ -369,7 +392,7 @@ def _readable(func: Any, name: str) -> Any:
 
 
 def function_name(func: Any) -> str:
-    name = resolve_name(func)
+    name: str | None = resolve_name(func)
     if name:
         return name
     owner = getattr(func, "__self__", None)
@@ -391,7 +414,9 @@ def tensor_leaves(value: Any) -> list[Any]:
 
 
 def _is_foreign(value: Any) -> bool:
-    if isinstance(value, torch.Tensor | nn.Module | type | types.FunctionType) or not hasattr(value, "__dict__"):
+    if isinstance(value, torch.Tensor | nn.Module | type | types.FunctionType) or not hasattr(
+        value, "__dict__"
+    ):
         return False
     return hasattr(type(value), "__dataclass_fields__")
 
@@ -471,13 +496,18 @@ def _module_calls(recorder: _Recorder) -> Iterator[None]:
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
+def cuda_devices(root: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that hold parameters of `root`."""
+    found = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
+    return sorted(index for index in found if index is not None)
+
+
 @contextmanager
 def quiet_state(root: nn.Module, *, training: bool | None) -> Iterator[None]:
     """Run with a given training flag, fused fast paths off, and RNG state put back."""
     flags = [(module, module.training) for module in root.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index for p in root.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(root)):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             if training is not None:
@@ -491,25 +521,26 @@ def quiet_state(root: nn.Module, *, training: bool | None) -> Iterator[None]:
 
 
 def strip_user_hooks(root: nn.Module) -> None:
-    """Remove hooks that are not torch's own (those carry weight_norm, pruning): a user's hook must not see
-    the runs that a compiler makes."""
+    """Remove the user's own hooks: they must not see the runs that a compiler makes."""
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = vars(module).get(name)
             if hooks:
-                for key in [k for k, hook in hooks.items() if not is_torch_hook(hook)]:
+                for key in [k for k, hook in hooks.items() if not is_library_hook(hook)]:
                     del hooks[key]
 
 
-def is_torch_hook(hook: Any) -> bool:
+def is_library_hook(hook: Any) -> bool:
+    """Hooks by which a library makes its modules work, such as weight_norm's or transformers' output recorder."""
     hook = getattr(hook, "hook", hook)
-    origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return origin.startswith("torch.") or type(hook).__module__.startswith("torch.")
+    origins = (getattr(hook, "__module__", None) or "", type(hook).__module__)
+    return any(origin.split(".")[0] in _LIBRARIES for origin in origins)
 
 
-def _own_buffers(root: nn.Module) -> None:
+def own_buffers(root: nn.Module) -> None:
+    """Give the tree copies of its buffers, so that a forward may update them."""
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -532,6 +563,18 @@ def record(
     return second
 
 
+@contextmanager
+def _quiet_log(name: str) -> Iterator[None]:
+    """An op without a fake form is no news here: the real run follows."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _on_meta(host: nn.Module) -> bool:
     return any(p.device.type == "meta" for p in host.parameters())
 
@@ -540,7 +583,8 @@ def _attempt(
     host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, fake: bool, hooks: bool
 ) -> Recording:
     clone = clone_tree(host)
-    _own_buffers(clone) if not fake else None
+    # Also under fake tensors: an in-place update of a real buffer of one number is carried out on it.
+    own_buffers(clone)
     if not hooks:
         strip_user_hooks(clone)
     recorder = _Recorder(clone)
@@ -549,6 +593,7 @@ def _attempt(
         stack.enter_context(quiet_state(clone, training=False))
         stack.enter_context(torch.no_grad())
         if fake:
+            stack.enter_context(_quiet_log("torch._subclasses.fake_tensor"))
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
             args, kwargs = tree_map(

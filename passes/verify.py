@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from morphc.errors import VerificationError
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.recording import describe_error, is_torch_hook, tensor_leaves
+from morphc.passes.recording import cuda_devices, describe_error, is_library_hook, tensor_leaves
 from morphc.runtime.attach import store_of
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -67,8 +68,8 @@ class Verify:
             attempts.append((running, functional))
         attempts.append((running, [site.path for site in program.plan.sites]))
         for regions, sites in attempts:
-            program.demoted = {path: f"its graph did not compute what its forward does: {difference}" for path in regions}
-            program.unwatched = {path: f"with it the model differed from its host: {difference}" for path in sites}
+            program.demoted = dict.fromkeys(regions, f"its graph did not compute what its forward does: {difference}")
+            program.unwatched = dict.fromkeys(sites, f"with it the model differed from its host: {difference}")
             Lower().apply(program)
             again = _Runner(program)
             if not again.first_difference():
@@ -110,7 +111,8 @@ def doubled(args: Any, kwargs: Any) -> Any:
 
 class _Runner:
     def __init__(self, program: Program) -> None:
-        assert program.model is not None and program.args is not None
+        assert program.model is not None
+        assert program.args is not None
         self.host, self.model = program.host, program.model
         self.example = (program.args, program.kwargs)
         self.notes: list[str] = []
@@ -189,12 +191,18 @@ class _Runner:
             if seeds:
                 targets = [*watched.values(), *leaves]
                 weights = [_pattern(x) for x in seeds]
-                grads = list(torch.autograd.grad(seeds, targets, weights, allow_unused=True)) if targets else []
+                grads = (
+                    list(torch.autograd.grad(seeds, targets, weights, allow_unused=True)) if targets else []
+                )
             names = [*watched, *(f"input {i}" for i in range(len(leaves)))]
             return {
                 "outputs": [x.detach().clone() for x in values],
                 "grads": dict(zip(names, grads, strict=False)),
-                "buffers": {name: b.detach().clone() for name, b in module.named_buffers() if ".morphc." not in f".{name}"},
+                "buffers": {
+                    name: b.detach().clone()
+                    for name, b in module.named_buffers()
+                    if ".morphc." not in f".{name}"
+                },
             }
 
 
@@ -235,7 +243,7 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype or x.layout != y.layout:
         return False
     if x.layout != torch.strided or x.is_quantized:
-        return x is y or torch.equal(x.dequantize() if x.is_quantized else x.to_dense(), y.dequantize() if y.is_quantized else y.to_dense())
+        return x is y or torch.equal(_dense(x), _dense(y))
     if x.is_complex():
         x, y = torch.view_as_real(x), torch.view_as_real(y)
     if x.is_floating_point():
@@ -244,24 +252,26 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     return torch.equal(x, y)
 
 
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.dequantize() if x.is_quantized else x.to_dense()
+
+
 @contextlib.contextmanager
 def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed: int = 0) -> Iterator[None]:
     """Run `root` so that nothing of it remembers: buffers, attributes, flags, and every RNG are put back."""
-    saved = []
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    script_flags: list[tuple[nn.Module, bool]] = []
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):
-            saved.append((module, None))
+            script_flags.append((module, module.training))
+            module.train(training)
             continue
         before = dict(vars(module))
         saved.append((module, before))
         vars(module).update(_scratch(before, training, keep_hooks))
-    script_flags = [(m, m.training) for m, before in saved if before is None]
-    for module, _ in script_flags:
-        module.train(training)
     states = (random.getstate(), np.random.get_state())
-    devices = sorted({p.device.index for p in root.parameters() if p.device.type == "cuda" and p.device.index is not None})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=cuda_devices(root)):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
@@ -272,9 +282,8 @@ def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed:
         for module, flag in script_flags:
             module.train(flag)
         for module, before in saved:
-            if before is not None:
-                vars(module).clear()
-                vars(module).update(before)
+            vars(module).clear()
+            vars(module).update(before)
 
 
 def _scratch(before: dict[str, Any], training: bool, keep_hooks: bool) -> dict[str, Any]:
@@ -283,10 +292,9 @@ def _scratch(before: dict[str, Any], training: bool, keep_hooks: bool) -> dict[s
         if name == "_buffers":
             fresh[name] = {k: None if b is None else b.clone() for k, b in value.items()}
         elif name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if not keep_hooks and value:
-                kept = type(value)()
-                kept.update((k, h) for k, h in value.items() if is_torch_hook(h))
-                fresh[name] = kept
-        elif type(value) in (list, dict, set):
+            kept = type(value)()
+            kept.update((k, h) for k, h in value.items() if keep_hooks or is_library_hook(h))
+            fresh[name] = kept
+        elif type(value) in (list, dict, set, OrderedDict):
             fresh[name] = value.copy()
     return fresh

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.overrides import TorchFunctionMode
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
@@ -78,7 +78,9 @@ class WatchedForward:
     `functions` are the torch functions that count.
     """
 
-    def __init__(self, module: nn.Module, sites: Mapping[str, SeedSite], owner_of: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, sites: Mapping[str, SeedSite], owner_of: Mapping[str, nn.Module]
+    ) -> None:
         self.module = module
         self.sites = dict(sites)
         self.owner_of = dict(owner_of)
@@ -94,29 +96,45 @@ class WatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watched = {
-            id(getattr(self.owner_of[name], name.rpartition(".")[2])): site for name, site in self.sites.items()
+            id(getattr(self.owner_of[name], name.rpartition(".")[2])): site
+            for name, site in self.sites.items()
         }
         with _Watch(watched):
             return self._own()(*args, **kwargs)
 
 
 class _Watch(TorchFunctionMode):
+    """Sends results of weighted calls to the site of their parameter. A view, cast or pick of a parameter is that
+    parameter still."""
+
     def __init__(self, watched: dict[int, SeedSite]) -> None:
         super().__init__()
         self.watched = watched
+        self.keep: list[torch.Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _WEIGHTED and isinstance(result, torch.Tensor):
-            operands = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
-            for operand in operands:
-                base = operand._base
-                site = self.watched.get(id(operand)) or (self.watched.get(id(base)) if base is not None else None)
-                if site is not None:
-                    layer_input = next(t for t in operands if t is not operand)
-                    return site(result, layer_input)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if func not in _WEIGHTED:
+            if (
+                args
+                and id(args[0]) in self.watched
+                and (func is torch.Tensor.__getitem__ or len(_tensors(args)) == 1)
+            ):
+                # The id is good only while the object lives.
+                self.keep.append(result)
+                self.watched[id(result)] = self.watched[id(args[0])]
+            return result
+        operands = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
+        for operand in operands:
+            base = operand._base
+            site = self.watched.get(id(operand)) or (self.watched.get(id(base)) if base is not None else None)
+            if site is not None:
+                layer_input = next((t for t in operands if t is not operand), None)
+                return site(result, layer_input)
         return result
 
 
@@ -131,13 +149,18 @@ def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 _F = torch.nn.functional
+_ATEN = torch.ops.aten
 _WEIGHTED = frozenset(
     [
         _F.linear, torch.addmm, torch.Tensor.addmm, torch.mm, torch.Tensor.mm, torch.matmul, torch.Tensor.matmul,
         torch.Tensor.__rmatmul__, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm,
         torch.einsum, torch.tensordot, _F.conv1d, _F.conv2d, _F.conv3d, _F.conv_transpose1d,
         _F.conv_transpose2d, _F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d, _F.embedding,
-        _F.layer_norm, _F.rms_norm, _F.batch_norm, _F.group_norm,
+        _F.layer_norm, _F.rms_norm, _F.batch_norm, _F.group_norm, torch._grouped_mm,
+        _ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default,
+        _ATEN.einsum.default, _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default,
+        _ATEN.convolution.default, _ATEN.embedding.default, _ATEN.layer_norm.default, _ATEN.rms_norm.default,
+        _ATEN.group_norm.default, *filter(None, [getattr(_F, "grouped_mm", None)]),
     ]
 )  # fmt: skip
 
