@@ -3,14 +3,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# With a GPU in the machine torch comes with CUDA, otherwise the much smaller CPU build is taken where it can be
-# had. Another one: make test TORCH='torch==2.11.0'. Triton follows torch, which pins it.
+# With a GPU in the machine torch comes with CUDA; without one the much smaller CPU build is taken where it can be
+# had. Another version: make test TORCH='torch==2.11.0'. Triton follows torch, which pins it.
 TORCH ?= torch==2.13.0
 INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 OUT ?= out/demo
 
 PIP = $(VENV)/bin/python -m pip
-INSTALL = $(PIP) install --quiet --disable-pip-version-check $(INDEX) "$(TORCH)" "numpy<2.4"
+INSTALL = $(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "numpy<2.4"
 
 .PHONY: demo test clean help
 .DELETE_ON_ERROR:
@@ -24,12 +24,17 @@ demo: $(VENV)/.demo-ready
 test: $(VENV)/.test-ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
 
-$(VENV)/.demo-ready: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.demo-ready: pyproject.toml $(VENV)/.torch-ready
 	$(INSTALL) -e '.[hf]'
 	@touch $@
 
-$(VENV)/.test-ready: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test-ready: pyproject.toml $(VENV)/.torch-ready
 	$(INSTALL) -e '.[test]'
+	@touch $@
+
+# On its own, so that the CPU index is asked for torch alone: everything else would be looked up there too.
+$(VENV)/.torch-ready: | $(VENV)/bin/python
+	$(PIP) install --quiet --disable-pip-version-check --no-deps $(INDEX) "$(TORCH)"
 	@touch $@
 
 $(VENV)/bin/python:
