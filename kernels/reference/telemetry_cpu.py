@@ -10,6 +10,7 @@ found anyway.
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,11 +53,29 @@ class Cut(NamedTuple):
 
 
 class HostSums(NamedTuple):
-    """`telemetry.Sums` around a given shift; `moments` [3, S] is total, squares, row squares."""
+    """`telemetry.Sums` around a given shift; `moments` [4, S] is total, squares, row squares, zeros."""
 
-    moments: Floats
-    peak: Floats
-    zeros: Floats
+    moments: NDArray[Any]
+    peak: NDArray[Any]
+
+
+class _Workspace(threading.local):
+    """Two buffers a thread, kept: fresh ones of this size would be paged in every time."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def get(self, rows: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = rows * features
+        buffer = self.buffers.get(dtype)
+        if buffer is None or buffer.shape[1] < size:
+            buffer = self.buffers[dtype] = torch.empty(
+                2, max(size, BLOCK_ELEMENTS), dtype=dtype, device="cpu"
+            )
+        return buffer[0, :size].view(rows, features), buffer[1, :size].view(rows, features)
+
+
+_workspace = _Workspace()
 
 
 @lru_cache(maxsize=4096)
@@ -88,20 +107,20 @@ def center_of(shift: Floats, cut: Cut, x: Tensor) -> Tensor:
 def measure_host(
     x: Tensor, center: Tensor, cut: Cut, epilogue: str | None, near_zero: float
 ) -> HostSums | None:
-    """x: [rows, F] in host memory. None where a value is not finite: those take the masked form."""
+    """x: [rows, F] in host memory, detached. None where a value is not finite: those take the masked form."""
     rows, features = x.shape
     block = _block_rows(x)
     blocks = -(-rows // block)
-    columns = torch.zeros(4 + len(cut.together), blocks, features, dtype=center.dtype)
-    work = torch.empty(2, block, features, dtype=center.dtype)
-    row_sums = np.zeros((blocks, len(cut.starts)), dtype=np.float64)
+    columns = torch.zeros(blocks, 5 + len(cut.together), features, dtype=center.dtype, device="cpu")
+    row_sums = np.zeros((blocks, len(cut.starts))) if cut.widest > LAGS else None
     for index in range(blocks):
         part = x if blocks == 1 else x[index * block : (index + 1) * block]
         if part.dtype != center.dtype:
             part = part.to(center.dtype)
-        _block(part, center, cut, epilogue, near_zero, work, columns[:, index])
-        if cut.widest > LAGS:
-            _row_squares(work[0, : part.shape[0]], cut, row_sums[index])
+        main, spare = _workspace.get(part.shape[0], features, center.dtype)
+        _block(part, center, cut, epilogue, near_zero, main, spare, columns[index])
+        if row_sums is not None:
+            _row_squares(main, cut, row_sums[index])
     return _gather(columns.numpy(), row_sums, cut)
 
 
@@ -114,13 +133,21 @@ def _block_rows(x: Tensor) -> int:
 
 
 def _block(
-    part: Tensor, center: Tensor, cut: Cut, epilogue: str | None, near_zero: float, work: Tensor, out: Tensor
+    part: Tensor,
+    center: Tensor,
+    cut: Cut,
+    epilogue: str | None,
+    near_zero: float,
+    main: Tensor,
+    spare: Tensor,
+    out: Tensor,
 ) -> None:
-    """Per column: sum of x - m, of its square, the dead, the peak, and the products with the columns
+    """Rows of `out`: sum of x - m, of its square, nothing yet, the dead, the peak, products with columns
     behind.
+
+    `main` is left holding x - m.
     """
-    total, squares, dead, peak, *products = out.unbind(0)
-    main, spare = work[:, : part.shape[0]].unbind(0)
+    total, squares, _, dead, peak, *products = out.unbind(0)
     torch.abs(part, out=main)
     torch.amax(main, 0, out=peak)
     _dead(part, main, epilogue, near_zero, peak, dead)
@@ -184,25 +211,27 @@ def _dead_far_below(part: Tensor, epilogue: str, far: float, peak: Tensor, out: 
         out.index_copy_(0, chosen, (after == 0).sum(0, dtype=out.dtype))
 
 
-def _gather(columns: NDArray[Any], row_sums: NDArray[np.float64], cut: Cut) -> HostSums | None:
-    peak = columns[3].max(0)
-    # A NaN or an Inf is among the peaks, and so in their sum.
-    if not math.isfinite(peak.sum()):
+def _gather(columns: NDArray[Any], row_sums: Floats | None, cut: Cut) -> HostSums | None:
+    peak = columns[0, 4] if len(columns) == 1 else columns[:, 4].max(0)
+    # A NaN or an Inf is among the peaks, and so in their largest.
+    if not math.isfinite(peak.max()):
         return None
-    summed = columns[:3].sum(1, dtype=np.float64)
+    summed: NDArray[Any] = columns[0, :4] if len(columns) == 1 else columns[:, :4].sum(0, dtype=np.float64)
     if cut.widest == 1:
-        return HostSums(summed[[0, 1, 1]], peak, summed[2])
-    zeros = _fold(summed[2], cut, np.add)
+        summed[2] = summed[1]
+        return HostSums(summed, peak)
+    summed = summed.astype(np.float64, copy=False)
     if cut.together:
         # (row sum)^2 is the squares and twice the products of all pairs.
         summed[2] = summed[1]
         for number, weight in enumerate(cut.together):
-            summed[2, : len(weight)] += weight * columns[4 + number].sum(0, dtype=np.float64)[: len(weight)]
-        moments = _fold(summed, cut, np.add)
-    else:
-        moments = _fold(summed, cut, np.add)
+            summed[2, : len(weight)] += weight * columns[:, 5 + number, : len(weight)].sum(
+                0, dtype=np.float64
+            )
+    moments = _fold(summed, cut, np.add)
+    if row_sums is not None:
         moments[2] = row_sums.sum(0)
-    return HostSums(moments, _fold(peak, cut, np.maximum), zeros)
+    return HostSums(moments, _fold(peak, cut, np.maximum))
 
 
 def _fold(values: NDArray[Any], cut: Cut, function: np.ufunc) -> NDArray[Any]:

@@ -21,16 +21,22 @@ if TYPE_CHECKING:
 class Pulse:
     """Counts a site's training forwards in eager mode; assigning to a module's attribute would be slow.
 
-    `center` is the shift of the state's current `window` as one value a feature, where it is known.
+    The rest is remembered for speed, and never copied or pickled: `views` of the site's rows in the state's
+    array `bound`, and its shift in `window` as one value a feature.
     """
 
-    __slots__ = ("center", "count", "every", "window")
+    __slots__ = ("bound", "center", "count", "every", "views", "window")
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, count: int = 0) -> None:
         self.every = every
-        self.count = 0
+        self.count = count
         self.center: Tensor | None = None
         self.window = -1
+        self.bound: Tensor | None = None
+        self.views: Any = None
+
+    def __reduce__(self) -> tuple[type[Pulse], tuple[int, int]]:
+        return Pulse, (self.every, self.count)
 
 
 class Banks(nn.Module):

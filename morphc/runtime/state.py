@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from morphc.kernels.reference.telemetry import Sums
-from morphc.kernels.reference.telemetry_cpu import Cut, HostSums, center_of, first_shift
+from morphc.kernels.reference.telemetry_cpu import (
+    Cut,
+    Floats,
+    HostSums,
+    Ints,
+    center_of,
+    first_shift,
+)
 from morphc.lifecycle import TABLE, Lifecycle
 
 if TYPE_CHECKING:
@@ -29,8 +36,8 @@ INT_ARRAYS: Final = (
 FLOAT_ARRAYS: Final = ("alpha", "score")
 
 # Rows of `sums` (float64) and `counts` (int64).
-SHIFT, SUM, SQUARES, ROW_SQUARES, PEAK, GRAD_SQUARES, SALIENCY = range(7)
-COUNT, ZEROS, NONFINITE, ROWS, GRAD_SAMPLES = range(5)
+SHIFT, SUM, SQUARES, ROW_SQUARES, ZEROS, PEAK, GRAD_SQUARES, SALIENCY = range(8)
+ROWS, NONFINITE, GRAD_SAMPLES = range(3)
 
 HEALTH: Final = (
     "count",
@@ -80,8 +87,8 @@ class SeedState(nn.Module):
         self.register_buffer("history", torch.full((count, HISTORY, 3), -1, **ints))
         self.register_buffer("transitions", torch.zeros(count, **ints))
         self.register_buffer("tick", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("sums", torch.zeros(7, count, dtype=torch.float64, device=device))
-        self.register_buffer("counts", torch.zeros(5, count, dtype=torch.int64, device=device))
+        self.register_buffer("sums", torch.zeros(8, count, dtype=torch.float64, device=device))
+        self.register_buffer("counts", torch.zeros(3, count, dtype=torch.int64, device=device))
         self.register_buffer(
             "widths", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False
         )
@@ -113,10 +120,10 @@ class SeedState(nn.Module):
         v the chunk's variance; NaN for one feature) · gradient norm: root of the mean over samples of the
         sum of g^2 · saliency: mean over samples of the sum of |x g|. NaN where nothing was measured.
         """
-        count = self.counts[COUNT].to(torch.float64)
         rows = self.counts[ROWS].to(torch.float64)
         width = self.widths.to(torch.float64)
-        total = count + self.counts[NONFINITE]
+        total = rows * width
+        count = total - self.counts[NONFINITE]
         offset = self.sums[SUM] / count
         variance = (self.sums[SQUARES] / count - offset.square()).clamp(min=0)
         row_variance = self.sums[ROW_SQUARES] / rows - (self.sums[SUM] / rows).square()
@@ -129,7 +136,7 @@ class SeedState(nn.Module):
                 total,
                 self.sums[SHIFT] + offset,
                 variance,
-                self.counts[ZEROS] / total,
+                self.sums[ZEROS] / total,
                 torch.where(width > 1, correlation, nan),
                 torch.where(count > 0, self.sums[PEAK], nan),
                 self.counts[NONFINITE].to(torch.float64),
@@ -139,46 +146,41 @@ class SeedState(nn.Module):
         )
 
 
-def merge(kept: Tensor, counts: Tensor, new: Sums) -> None:
-    """Add `new` to the views `kept` [7, S] and `counts` [5, S]: move its sums to the kept shift, then add.
+def merge(kept: Tensor, counts: Tensor, widths: Tensor, new: Sums) -> None:
+    """Add `new` to the views `kept` [8, S] and `counts` [3, S]: move its sums to the kept shift, then add.
 
-    With d = new.shift - kept shift:  sum of (x - s) = sum + n d,  sum of (x - s)^2 = squares + 2 d sum + n
-    d^2,  and for a row of C values (row + C d)^2 likewise.
+    With d = new.shift - kept shift:  sum of (x - s) = total + n d,  sum of (x - s)^2 = squares + 2 d total +
+    n d^2, and for a row of C values (row + C d)^2 likewise.
     """
-    fresh = counts[COUNT] == 0
+    fresh = counts[ROWS] * widths == counts[NONFINITE]
     kept[SHIFT].copy_(torch.where(fresh, new.shift, kept[SHIFT]))
     d = new.shift - kept[SHIFT]
     nd = new.finite * d
-    width = (new.finite + new.nonfinite) // new.rows
     kept[SUM] += new.total + nd
     kept[SQUARES] += new.squares + d * (2 * new.total + nd)
-    wide = width * d
+    wide = widths * d
     kept[ROW_SQUARES] += new.row_squares + wide * (2 * new.total + new.rows * wide)
+    kept[ZEROS] += new.zeros
     torch.maximum(kept[PEAK], new.peak, out=kept[PEAK])
-    counts[COUNT] += new.finite
-    counts[ZEROS] += new.zeros
-    counts[NONFINITE] += new.nonfinite
     counts[ROWS] += new.rows
+    counts[NONFINITE] += new.nonfinite
 
 
-def center_host(kept: Tensor, counts: Tensor, x: Tensor, cut: Cut) -> Tensor:
+def center_host(kept: Floats, counts: Ints, x: Tensor, cut: Cut) -> Tensor:
     """The shift to measure `x` around, as [F]; seeds that have measured nothing yet take theirs from `x`."""
-    shift = kept.numpy()[SHIFT]
-    fresh = counts.numpy()[COUNT] == 0
+    shift = kept[SHIFT]
+    fresh = counts[ROWS] * cut.widths == counts[NONFINITE]
     if fresh.any():
         first = first_shift(x, cut)
         np.copyto(shift, first, where=fresh & np.isfinite(first))
     return center_of(shift, cut, x)
 
 
-def merge_host(kept: Tensor, counts: Tensor, new: HostSums, cut: Cut, rows: int) -> None:
+def merge_host(kept: Floats, counts: Ints, new: HostSums, rows: int) -> None:
     """Add what was measured around the kept shift, through numpy, whose calls cost less."""
-    sums, numbers = kept.numpy(), counts.numpy()
-    sums[SUM : ROW_SQUARES + 1] += new.moments
-    np.maximum(sums[PEAK], new.peak, out=sums[PEAK])
-    numbers[COUNT] += cut.widths * rows
-    numbers[ZEROS] += new.zeros.astype(np.int64)
-    numbers[ROWS] += rows
+    kept[SUM : ZEROS + 1] += new.moments
+    np.maximum(kept[PEAK], new.peak, out=kept[PEAK])
+    counts[ROWS] += rows
 
 
 def _loaded(state: nn.Module, incompatible: Any) -> None:

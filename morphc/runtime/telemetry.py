@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from morphc.kernels.reference.chunks import chunk_sums
+from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
 from morphc.kernels.reference.telemetry import Sums, as_rows, measure
 from morphc.kernels.reference.telemetry_cpu import cut_of, measure_host
 from morphc.runtime.state import GRAD_SAMPLES, GRAD_SQUARES, SALIENCY, center_host, merge, merge_host
@@ -43,47 +43,42 @@ def measurable(y: Tensor, site: SeedSite) -> bool:
     )
 
 
-@torch.no_grad()
 def accumulate(site: SeedSite, y: Tensor) -> None:
-    """Measure `y` and add it to the site's rows of the state."""
+    """Measure `y`, which is detached, and add it to the site's rows of the state."""
     state, pulse = site.state, site.pulse
-    x = as_rows(y, site.feature_axis)
-    rows = slice(site.offset, site.offset + site.seeds)
-    kept, counts = state.sums[:, rows], state.counts[:, rows]
+    x = y if y.dim() == 2 and site.feature_axis == -1 else as_rows(y, site.feature_axis)
     if x.device.type != "cpu" or not state.sums.is_cpu:
-        _add_any(x, kept, counts, site.epilogue, site.near_zero)
+        _add_any(x, state.sums, state.counts, site.offset, site.seeds, site.epilogue, site.near_zero)
         return
+    if pulse.bound is not state.sums:
+        rows = slice(site.offset, site.offset + site.seeds)
+        pulse.views = state.sums.numpy()[:, rows], state.counts.numpy()[:, rows]
+        pulse.bound, pulse.center = state.sums, None
+    kept, counts = pulse.views
+    cut = cut_of(site.features, site.seeds)
     center = pulse.center
-    if (
-        center is None
-        or pulse.window != state.window
-        or (center.dtype == torch.float64) != (x.dtype == torch.float64)
-    ):
-        center = center_host(kept, counts, x, cut_of(site.features, site.seeds))
-        pulse.center, pulse.window = center, state.window
-    if not _add_host(x, kept, counts, center, site.epilogue, site.near_zero):
-        pulse.center = None
-
-
-def _add_host(
-    x: Tensor, kept: Tensor, counts: Tensor, center: Tensor, epilogue: str | None, near_zero: float
-) -> bool:
-    """False where a value was not finite."""
-    cut = cut_of(x.shape[1], kept.shape[1])
-    found = measure_host(x, center, cut, epilogue, near_zero)
+    other_width = center is not None and (center.dtype == torch.float64) != (x.dtype == torch.float64)
+    if center is None or other_width or pulse.window != state.window:
+        center = pulse.center = center_host(kept, counts, x, cut)
+        pulse.window = state.window
+    found = measure_host(x, center, cut, site.epilogue, site.near_zero)
     if found is None:
-        _add_any(x, kept, counts, epilogue, near_zero)
-        return False
-    merge_host(kept, counts, found, cut, x.shape[0])
-    return True
+        _add_any(x, state.sums, state.counts, site.offset, site.seeds, site.epilogue, site.near_zero)
+        pulse.center = None
+        return
+    merge_host(kept, counts, found, x.shape[0])
 
 
-def _add_any(x: Tensor, kept: Tensor, counts: Tensor, epilogue: str | None, near_zero: float) -> None:
-    measured = measure(x, kept.shape[1], epilogue, near_zero)
-    if x.device != kept.device:
-        moved: Any = [v.to(kept.device) if isinstance(v, Tensor) else v for v in measured]
+def _add_any(
+    x: Tensor, sums: Tensor, counts: Tensor, offset: int, seeds: int, epilogue: str | None, near_zero: float
+) -> None:
+    measured = measure(x, seeds, epilogue, near_zero)
+    if x.device != sums.device:
+        moved: Any = [v.to(sums.device) if isinstance(v, Tensor) else v for v in measured]
         measured = Sums(*moved)
-    merge(kept, counts, measured)
+    rows = slice(offset, offset + seeds)
+    widths = chunk_widths(torch.arange(seeds, device=sums.device), x.shape[1], seeds)
+    merge(sums[:, rows], counts[:, rows], widths, measured)
 
 
 @torch.no_grad()
@@ -133,18 +128,15 @@ def _watch(
     if count % every or y.numel() == 0:
         return
     x = as_rows(y, axis)
-    kept, numbers = sums[:, offset : offset + seeds], counts[:, offset : offset + seeds]
+    rows = slice(offset, offset + seeds)
     if x.is_cpu and sums.is_cpu:
-        _add_host(
-            x,
-            kept,
-            numbers,
-            center_host(kept, numbers, x, cut_of(x.shape[1], seeds)),
-            epilogue or None,
-            near_zero,
-        )
-    else:
-        _add_any(x, kept, numbers, epilogue or None, near_zero)
+        cut = cut_of(x.shape[1], seeds)
+        kept, numbers = sums.numpy()[:, rows], counts.numpy()[:, rows]
+        found = measure_host(x, center_host(kept, numbers, x, cut), cut, epilogue or None, near_zero)
+        if found is not None:
+            merge_host(kept, numbers, found, x.shape[0])
+            return
+    _add_any(x, sums, counts, offset, seeds, epilogue or None, near_zero)
 
 
 def _add_gradient(
