@@ -75,8 +75,11 @@ class _Search:
             for path, m in self.modules.items()
             if type(m).__name__ in ACTIVATION_MODULES
         }
+        owners = set(self.owners.values())
         functional = {call.number: path for path, call in self.calls.items()}
-        self.flow = collapse(self.recording.flow, set(self.shapes), activations, functional)
+        # A block of attention stays open: the layers inside of it are looked at one by one.
+        whole = {path for path, shape in self.shapes.items() if shape.kind != "attention" or path in owners}
+        self.flow = collapse(self.recording.flow, whole, activations, functional)
         self._outputs()
         chosen = self._filtered()
         sites = tuple(self._site(path) for path in chosen)
@@ -96,12 +99,18 @@ class _Search:
                 self.owners[name] = path
                 self.shapes[name] = Shape("linear", module.embed_dim, -1, 0)
 
+        if "attention" in self.config.kinds:
+            for path, module in self.modules.items():
+                shape = kinds_of.attention_output(module, self.recording.layers.get(path))
+                if shape is not None and path not in self.shapes:
+                    self.shapes[path] = shape
+
     def _by_computation(self) -> None:
         inner: dict[str, list[WeightedCall]] = {}
         for call in kinds_of.weighted_calls(self.recording):
             inner.setdefault(call.regions[-1] if call.regions else "", []).append(call)
         for path, calls in inner.items():
-            if path in self.shapes or any(region in self.shapes for region in calls[0].regions):
+            if path in self.shapes or self._inside_a_layer(calls[0]):
                 continue
             region = self.recording.regions.get(path)
             if region is None:
@@ -112,6 +121,9 @@ class _Search:
                 continue
             for call in calls:
                 self._functional(call)
+
+    def _inside_a_layer(self, call: WeightedCall) -> bool:
+        return any(r in self.shapes and self.shapes[r].kind != "attention" for r in call.regions)
 
     def _functional(self, call: WeightedCall) -> None:
         name = call.parameter
@@ -345,7 +357,7 @@ class _Search:
                 layer.source if layer else "", layer is not None,
             )  # fmt: skip
         for call in kinds_of.weighted_calls(self.recording):
-            fused = call.inside is not None or any(r in self.shapes for r in call.regions)
+            fused = call.inside is not None or self._inside_a_layer(call)
             if not fused and call.parameter not in self.shapes and call.parameter not in self.misses:
                 self._miss(
                     call.parameter,

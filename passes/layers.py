@@ -101,7 +101,16 @@ def classify(module: nn.Module) -> Shape | None:
         return Shape("rnn", width, -1, 0)
     if isinstance(module, _CELLS):
         return Shape("rnn", module.hidden_size, -1, 0 if isinstance(module, nn.LSTMCell) else None)
-    return _quantized(module)
+    return _quantized(module) or _norm_by_name(module)
+
+
+def _norm_by_name(module: nn.Module) -> Shape | None:
+    """Home-made norms over the last axis, such as transformers' `LlamaRMSNorm`: one weight for each feature."""
+    weight = module._parameters.get("weight")
+    if module._modules or weight is None or weight.dim() != 1:
+        return None
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    return Shape("norm", weight.numel(), -1) if named else None
 
 
 def _quantized(module: nn.Module) -> Shape | None:
@@ -224,6 +233,16 @@ def look_alike(region: Region, layer: Layer | None, calls: list[WeightedCall]) -
         return None
     index = 0 if layer.output_kind == "tuple" else None
     return Shape(calls[0].kind, calls[0].features, calls[0].feature_axis, index)
+
+
+def attention_output(module: nn.Module, layer: Layer | None) -> Shape | None:
+    """A home-made attention block by its name, whose first output is one vector of features a position."""
+    if layer is None or layer.output_shape is None or not module._modules:
+        return None
+    if not type(module).__name__.endswith(("Attention", "SelfAttention", "CrossAttention")):
+        return None
+    index = 0 if layer.output_kind == "tuple" else None
+    return Shape("attention", int(layer.output_shape[-1]), -1, index)
 
 
 def check_output(shape: Shape, layer: Layer) -> str:

@@ -21,11 +21,12 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `path` is the layer's first name in `named_modules()` (root: ""), or that of its parameter for a functional
     layer. `source` is `file:line` of the call. `feature_axis` counts from the end when negative.
-    `region` is the module whose own forward calls the layer. `parameter_share`, `flop_share`: of the whole model's. `dominates`: how many later values can only be reached
-    through this one. `host_flops_per_row`: the host layer's own.
-    `parameter` is the parameter's own name for a functional layer, else None. `output_index` is 0 where the
-    layer returns a tuple and the watched value is its first element, else None. `owner` is the module whose
-    forward is wrapped, where that is not the layer itself (the out-projection of a MultiheadAttention).
+    `region` is the module whose own forward calls the layer. `parameter` is the parameter's own name for a
+    functional layer, else None. `output_index` is 0 where the layer returns a tuple and the watched value is its
+    first element, else None. `owner` is the module whose forward is wrapped, where that is not the layer itself
+    (the out-projection of a MultiheadAttention). `parameter_share`, `flop_share`: of the whole model's.
+    `dominates`: how many later values can only be reached through this one. `host_flops_per_row`: the host
+    layer's own.
     """
 
     path: str

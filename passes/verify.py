@@ -68,8 +68,12 @@ class Verify:
             attempts.append((running, functional))
         attempts.append((running, [site.path for site in program.plan.sites]))
         for regions, sites in attempts:
-            program.demoted = dict.fromkeys(regions, f"its graph did not compute what its forward does: {difference}")
-            program.unwatched = dict.fromkeys(sites, f"with it the model differed from its host: {difference}")
+            program.demoted = dict.fromkeys(
+                regions, f"its graph did not compute what its forward does: {difference}"
+            )
+            program.unwatched = dict.fromkeys(
+                sites, f"with it the model differed from its host: {difference}"
+            )
             Lower().apply(program)
             again = _Runner(program)
             if not again.first_difference():
