@@ -49,7 +49,7 @@ class Cut(NamedTuple):
     wider: int
     widest: int
     edge: int
-    together: tuple[Floats, ...]
+    together: tuple[NDArray[np.float32], ...]
 
 
 class HostSums(NamedTuple):
@@ -88,7 +88,7 @@ def cut_of(features: int, seeds: int) -> Cut:
     widest = base + (wider > 0)
     owner = np.arange(seeds).repeat(widths)
     lags = range(1, widest) if widest <= LAGS else ()
-    together = tuple(2.0 * (owner[lag:] == owner[:-lag]) for lag in lags)
+    together = tuple(np.float32(2.0) * (owner[lag:] == owner[:-lag]) for lag in lags)
     return Cut(starts, widths, base, wider, widest, wider * (base + 1), together)
 
 
@@ -121,7 +121,7 @@ def measure_host(
         _block(part, center, cut, epilogue, near_zero, main, spare, columns[index])
         if row_sums is not None:
             _row_squares(main, cut, row_sums[index])
-    return _gather(columns.numpy(), row_sums, cut)
+    return _gather(columns, row_sums, cut)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -211,24 +211,22 @@ def _dead_far_below(part: Tensor, epilogue: str, far: float, peak: Tensor, out: 
         out.index_copy_(0, chosen, (after == 0).sum(0, dtype=out.dtype))
 
 
-def _gather(columns: NDArray[Any], row_sums: Floats | None, cut: Cut) -> HostSums | None:
-    peak = columns[0, 4] if len(columns) == 1 else columns[:, 4].max(0)
+def _gather(columns: Tensor, row_sums: Floats | None, cut: Cut) -> HostSums | None:
+    single = len(columns) == 1
+    peak: NDArray[Any] = (columns[0, 4] if single else columns[:, 4].amax(0)).numpy()
     # A NaN or an Inf is among the peaks, and so in their largest.
     if not math.isfinite(peak.max()):
         return None
-    summed: NDArray[Any] = columns[0, :4] if len(columns) == 1 else columns[:, :4].sum(0, dtype=np.float64)
+    summed: NDArray[Any] = (columns[0] if single else columns.sum(0)).numpy()
     if cut.widest == 1:
         summed[2] = summed[1]
-        return HostSums(summed, peak)
-    summed = summed.astype(np.float64, copy=False)
+        return HostSums(summed[:4], peak)
     if cut.together:
         # (row sum)^2 is the squares and twice the products of all pairs.
         summed[2] = summed[1]
-        for number, weight in enumerate(cut.together):
-            summed[2, : len(weight)] += weight * columns[:, 5 + number, : len(weight)].sum(
-                0, dtype=np.float64
-            )
-    moments = _fold(summed, cut, np.add)
+        for weight, products in zip(cut.together, summed[5:], strict=True):
+            summed[2, : len(weight)] += weight * products[: len(weight)]
+    moments = _fold(summed[:4].astype(np.float64), cut, np.add)
     if row_sums is not None:
         moments[2] = row_sums.sum(0)
     return HostSums(moments, _fold(peak, cut, np.maximum))
