@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,8 +72,11 @@ class _Bank(nn.Module):
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
 
     def forward(self, joined: Any, y: Any, tap: Any) -> Any:
-        """`joined` with the slots' columns replaced, computed from the layer's own value `y`."""
-        axis, geometry = self.grown.feature_axis, self.grown.geometry
+        """`joined`, in place, with the slots' columns replaced, computed from the layer's own value `y`."""
+        geometry = self.grown.geometry
+        axis = self.grown.feature_axis
+        if self.spatial and axis >= 0:
+            axis = -1 - geometry.spatial
         params = {name: getattr(self, name) for name in self.grown.params}
         like = next(iter(params.values()))
         if self.spatial:
@@ -87,7 +90,10 @@ class _Bank(nn.Module):
         x = chunks.type_as(like)
         if self.padded:
             x = torch.where(self.inside, x, 0.0)
-        mixed = self._blend(x, self.kind.apply(x if tap is None else self._tap(tap, like), params, geometry))
+        sizes = (2, *(5,) * geometry.spatial) if self.spatial else (3,)
+        know(x, self._example(self.shape[0], sizes[0], self.shape[1], *sizes[1:]), fixed=(0, 2))
+        s = self.kind.apply(x if tap is None else self._tap(tap, like), params, geometry)
+        mixed = self._blend(x, s, params)
         if self.spatial:
             values = mixed.movedim(0, axis - 1).flatten(axis - 1, axis).reshape(picked.shape)
             at = axis
@@ -96,7 +102,7 @@ class _Bank(nn.Module):
             at = -1
         if self.padded:
             values = values.index_select(at, self.kept)
-        return joined.index_copy(axis, self.targets, values.movedim(at, axis).type_as(y))
+        return joined.index_copy_(axis, self.targets, values.movedim(at, axis).type_as(y))
 
     def _tap(self, tap: Any, like: Any) -> Any:
         geometry = self.grown.geometry
@@ -104,9 +110,13 @@ class _Bank(nn.Module):
             tap = tap.reshape((-1,) + tap.shape[-1 - geometry.spatial :])  # noqa: RUF005
         else:
             tap = tap.reshape(-1, geometry.tap_features)
-        return tap.type_as(like)
+        example = self._example(2, geometry.tap_features, *(5,) * geometry.spatial)
+        return know(tap.type_as(like), example, fixed=(1,))
 
-    def _blend(self, x: Any, s: Any) -> Any:
+    def _example(self, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=next(iter(self.grown.params.values())).dtype, device="meta")
+
+    def _blend(self, x: Any, s: Any, params: dict[str, Any]) -> Any:
         """`kernels.reference.blends.blend`, with the number of axes known beforehand."""
         a, blend = self.alpha, self.grown.blend
         if blend == "residual":
@@ -117,7 +127,8 @@ class _Bank(nn.Module):
             return x * (1 + a * torch.tanh(s))
         assert blend == "gate"
         count, ones = self.shape[0], (1,) * (self.grown.geometry.spatial if self.spatial else 0)
-        weight, bias = self.gate_weight.view(count, 1, -1, *ones), self.gate_bias.view(count, 1, 1, *ones)
+        weight = params["gate_weight"].view(count, 1, -1, *ones)
+        bias = params["gate_bias"].view(count, 1, 1, *ones)
         return x + a * torch.sigmoid((x * weight).sum(2, keepdim=True) + bias) * s
 
 
@@ -136,7 +147,7 @@ class _Recipe(nn.Module):
     def forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         index = self.output_index
         y = output if index is None else output[index]
-        joined = y
+        joined = y.clone()  # in the memory format of y
         for bank in self.children():
             assert isinstance(bank, _Bank)
             tap = None
@@ -149,17 +160,75 @@ class _Recipe(nn.Module):
         return output[:index] + (joined,) + output[index + 1 :]  # noqa: RUF005
 
 
+class _Ranked(fx.Proxy):
+    """A proxy that knows its number of axes, and those sizes that never change; the others are proxies."""
+
+    @property
+    def shape(self) -> Any:
+        example = self.node.meta.get("example")
+        if not isinstance(example, Tensor):
+            return super().__getattr__("shape")
+        fixed, sizes = self.node.meta.get("fixed", {}), cast(Any, super().__getattr__("shape"))
+        return tuple(fixed[axis] if axis in fixed else sizes[axis] for axis in range(example.dim()))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> Any:
+        example = self.node.meta.get("example")
+        return example.dim() if isinstance(example, Tensor) else super().__getattr__("dim")()
+
+    ndim = property(dim)
+
+
 class _Tracer(fx.Tracer):
-    """Parameters come as proxies that know their shape, buffers as plain ones (they can't be the former)."""
+    """Carries a meta tensor along with each value that a blueprint computes, for its number of axes."""
 
     proxy_buffer_attributes = True
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+    def __init__(self, recipe: nn.Module) -> None:
+        super().__init__()
+        self.tensors = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Ranked(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        node = proxy.node
+        if kind == "get_attr":
+            know(proxy, self.tensors[target], fixed=None)
+        elif kind in ("call_function", "call_method") and node.all_input_nodes:
+            node.meta["example"] = _evaluated(node)
+        return proxy
+
+
+def know(proxy: Any, like: Tensor, fixed: Sequence[int] | None = ()) -> Any:
+    """Tell the tracer what `proxy` looks like. fixed: axes whose size never changes, None for all of them."""
+    if isinstance(proxy, fx.Proxy):
+        proxy.node.meta["example"] = torch.empty(like.shape, dtype=like.dtype, device="meta")
+        axes = range(like.dim()) if fixed is None else fixed
+        proxy.node.meta["fixed"] = {axis: like.shape[axis] for axis in axes}
+    return proxy
+
+
+def _evaluated(node: fx.Node) -> Any:
+    """What the node gives on the examples of its inputs; None where one has none, or the operation has no meta form."""
+    if any(source.meta.get("example") is None for source in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["example"])
+    try:
+        with torch.no_grad():
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
 
 
 def grown_module(
@@ -168,7 +237,7 @@ def grown_module(
     """The module for the slots of one site. Raises FoldError for a blueprint that tracing can't follow."""
     recipe = _Recipe(grown, output_index, _first_argument(layer), device)
     try:
-        graph = _Tracer().trace(recipe)
+        graph = _Tracer(recipe).trace(recipe)
     except Exception as error:  # whatever a user's blueprint raises when it meets a proxy
         names = ", ".join(repr(each.blueprint) for each in grown)
         raise FoldError(
@@ -177,6 +246,9 @@ def grown_module(
         ) from error
     # A pickled GraphModule names its tracer's class; this one's is morphc's.
     graph._tracer_cls = None
+    for node in graph.nodes:
+        node.meta.clear()
+        node.type = None  # an annotation, kept as a string that no pickle can import
     graph.eliminate_dead_code()
     module = fx.GraphModule(recipe, graph, class_name="Grown")
     module.train(layer.training)

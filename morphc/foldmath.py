@@ -11,7 +11,7 @@ Only the rows of the seed's own chunk are written; every other number stays the 
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +83,16 @@ def is_transposed_linear(layer: nn.Module) -> bool:
 
 
 def _home_of_type(layer: nn.Module) -> Home | str:
-    kind = type(layer)
-    base = next((known for known in _KNOWN if isinstance(layer, known)), None)
-    runs = {known.forward for known in kind.__mro__ if known.__module__.startswith("torch.nn.modules")
+    kind: Any = type(layer)
+    # A subclass may compute something else with the same weights.
+    runs = {vars(known)["forward"] for known in kind.__mro__ if known.__module__.startswith("torch.nn.modules")
             and "forward" in vars(known)}  # fmt: skip
-    if base is None or kind.forward not in runs:
+    if not isinstance(layer, _KNOWN) or kind.forward not in runs:
         return f"{kind.__name__} is no layer whose weights are known"
     if isinstance(layer, nn.Linear):
         return Home(0, 1, gains_bias=True)
     if isinstance(layer, _CONVS):
-        if kind._conv_forward not in [known._conv_forward for known in _CONVS]:
+        if kind._conv_forward not in [vars(known)["_conv_forward"] for known in _CONVS]:
             return f"{kind.__name__} convolves in its own way"
         return Home(0, 1 if layer.groups == 1 else None, gains_bias=True)
     if isinstance(layer, _TRANSPOSED):
@@ -172,7 +172,7 @@ def apply_merge(layer: nn.Module, home: Home, merge: Merge) -> None:
     if home.shift_in_weight:
         return
     if needs_bias(layer, home, merge):
-        set_bias(layer, merge.stop - merge.start if home.out == -1 else weight.shape[home.out], home)
+        set_bias(layer, home)
     bias = layer._parameters.get("bias")
     if bias is not None:
         axis = -1 if home.out == -1 else 0
@@ -182,7 +182,7 @@ def apply_merge(layer: nn.Module, home: Home, merge: Merge) -> None:
         _write(layer, "bias", axis, merge.start, after.movedim(0, axis))
 
 
-def set_bias(layer: nn.Module, width: int, home: Home) -> None:
+def set_bias(layer: nn.Module, home: Home) -> None:
     """Give a layer without a bias one of zeros."""
     weight = layer._parameters["weight"]
     assert weight is not None
@@ -216,13 +216,14 @@ def add_outputs(layer: nn.Module, home: Home, rows: Tensor, bias: Tensor) -> Non
     Where the layer has got new inputs meanwhile, the new features don't read them.
     """
     weight = layer._parameters["weight"]
-    assert weight is not None and home.into is not None
+    assert weight is not None
+    assert home.into is not None
     missing = weight.shape[home.into] - rows.shape[1]
     if missing:
         rows = torch.cat((rows, rows.new_zeros(rows.shape[0], missing, *rows.shape[2:])), 1)
     rows = rows.movedim((0, 1), (home.out, home.into))
     if layer._parameters.get("bias") is None and bool(bias.any()):
-        set_bias(layer, 0, home)
+        set_bias(layer, home)
     replace_parameter(layer, "weight", torch.cat((weight.detach(), rows.to(weight)), home.out))
     old = layer._parameters.get("bias")
     if old is not None:
@@ -234,7 +235,8 @@ def add_outputs(layer: nn.Module, home: Home, rows: Tensor, bias: Tensor) -> Non
 def add_inputs(layer: nn.Module, home: Home, columns: Tensor) -> None:
     """New input features. columns: [out, n, *kernel] float64; features of the layer beyond `out` don't read them."""
     weight = layer._parameters["weight"]
-    assert weight is not None and home.into is not None
+    assert weight is not None
+    assert home.into is not None
     missing = weight.shape[home.out] - columns.shape[0]
     if missing:
         columns = torch.cat((columns, columns.new_zeros(missing, *columns.shape[1:])))

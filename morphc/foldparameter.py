@@ -1,7 +1,7 @@
 """Merging into the parameter of a functional layer, such as `F.linear(x, self.weight, self.bias)`.
 
-Which axis of the parameter runs over the outputs, and what the call's bias is, stands in the owner's forward; it is read
-from its symbolic trace:
+Which axis of the parameter runs over the outputs, and what the call's bias is, stands in the owner's forward; it is
+read from its symbolic trace:
 
 1. `F.linear(x, W, b)`, convolutions: the first axis.
 2. `x @ W`, `torch.addmm(b, x, W)` and their like: the last axis; `W @ x`: the last but one.
