@@ -42,13 +42,17 @@ GROUPED = re.compile(r"_?grouped_mm|_scaled_grouped_mm")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One executed layer. `names` are all the paths it goes by; not `counted`: counted apart."""
+    """One executed layer. `names` are all the paths it goes by; not `counted`: counted apart.
+
+    `in_first_mode`: it ran in the first of the entry's modes (layer drop may skip it there).
+    """
 
     path: str
     kind: str
     features: int
     names: frozenset[str]
     counted: bool = True
+    in_first_mode: bool = True
 
 
 def looks_like_a_layer(module: nn.Module) -> bool:
@@ -151,19 +155,26 @@ def executed(entry: Entry) -> tuple[list[Candidate], list[str]]:
     first = {key: names[0] for key, names in parameters.items()}
     mode = ParameterUse(first)
     ran: dict[int, nn.Module] = {}
+    first_ran: set[int] | None = None
+    first_used: set[str] = set()
 
-    def enter(module: nn.Module, *_: Any) -> None:
-        ran[id(module)] = module
+    def enter(*_: Any) -> None:
         mode.depth += 1
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, *_: Any) -> None:
+        mode.depth -= 1
+        ran[id(module)] = module
+
+    def fail() -> None:
         mode.depth -= 1
 
     for module in list(host.modules()):
         if is_candidate(module):
-            watch(module, enter, leave)
+            watch(module, enter, leave, fail)
     with transparent_functional():
-        for flag in entry.modes:
+        for number, flag in enumerate(entry.modes):
+            if number == 1:
+                first_ran, first_used = set(ran), set(mode.used)
             if flag != "as_built":
                 host.train(flag == "train")
             mode.depth = 0
@@ -171,12 +182,17 @@ def executed(entry: Entry) -> tuple[list[Candidate], list[str]]:
                 run(host, entry, entry.batch, entry.length, tensor_names(host), backward=False)
     found = {
         modules[key][0]: Candidate(
-            modules[key][0], type(module).__name__, width(module), frozenset(modules[key])
+            modules[key][0],
+            type(module).__name__,
+            width(module),
+            frozenset(modules[key]),
+            in_first_mode=first_ran is None or key in first_ran,
         )
         for key, module in ran.items()
     }
     by_name = {name: names for names in parameters.values() for name in names}
     for path, (function, features, counted) in mode.used.items():
+        early = first_ran is None or path in first_used
         owners = [host.get_submodule(name.rpartition(".")[0]) for name in by_name[path]]
         linear = next((owner for owner in owners if is_candidate(owner)), None)
         names = set(by_name[path])
@@ -184,12 +200,12 @@ def executed(entry: Entry) -> tuple[list[Candidate], list[str]]:
             names |= set(modules[id(linear)])
             path = modules[id(linear)][0]
         kind = type(linear).__name__ + " bypassed" if linear is not None else function
-        found.setdefault(path, Candidate(path, kind, features, frozenset(names), counted))
+        found.setdefault(path, Candidate(path, kind, features, frozenset(names), counted, early))
     return list(found.values()), sorted(mode.unregistered)
 
 
-def watch(module: nn.Module, enter: Any, leave: Any) -> None:
-    """Bracket the module's forward; a ScriptModule takes hooks only."""
+def watch(module: nn.Module, enter: Any, leave: Any, fail: Any) -> None:
+    """Bracket the module's forward, called or not; a ScriptModule takes hooks only."""
     if isinstance(module, torch.jit.ScriptModule):
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -198,10 +214,13 @@ def watch(module: nn.Module, enter: Any, leave: Any) -> None:
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        enter(module)
+        enter()
         try:
-            return inner(*args, **kwargs)
-        finally:
-            leave()
+            result = inner(*args, **kwargs)
+        except BaseException:
+            fail()
+            raise
+        leave(module)
+        return result
 
     module.__dict__["forward"] = forward

@@ -15,7 +15,7 @@ from torch import nn
 from . import compiler, extras
 from .candidates import Candidate, executed
 from .registry import Entry, seed_everything
-from .runs import Record, rng_state, run, tensor_names, trace
+from .runs import Record, kept_by, rng_state, run, tensor_names, trace
 from .tree import differences, freeze
 
 SEEDS = 64
@@ -102,8 +102,11 @@ def check(entry: Entry, plain: bool = False) -> dict[str, Any]:
         names = tensor_names(host)
         result["class"] = type(host).__name__
         result["parameters"] = sum(parameter.numel() for parameter in host.parameters())
-        expected = trace(host, entry, names)
-        failures.expect("host is deterministic", compare(expected, trace(entry.build(), entry, names)))
+        expected = trace(host, entry, names, kept_by(host))
+        again = entry.build()
+        failures.expect(
+            "host is deterministic", compare(expected, trace(again, entry, names, kept_by(again)))
+        )
         if not any(expected[label]["gradients"] for label in expected) and result["parameters"]:
             failures.add("host", "no gradients at all")
         candidates, unregistered = executed(entry)
@@ -145,18 +148,25 @@ def check_compiled(
             check_untouched(before, host, failures, label)
             check_surface(host, model, failures, label)
             with failures.of(f"run, {label}"):
-                failures.expect(f"same bits, {label}", compare(expected, trace(model, entry, names)))
+                failures.expect(
+                    f"same bits, {label}", compare(expected, trace(model, entry, names, kept_by(host)))
+                )
             if verify:
                 with failures.of("report"):
                     result.update(compiler.account(model, candidates))
                     silent = [
-                        row["path"] for row in result["candidates"] if row["reason"] == "no reason given"
+                        row["path"]
+                        for row in result["candidates"]
+                        if row["reason"] == "no reason given" and row["counted"]
                     ]
                     failures.expect("why-not", [f"{path}: no site and no reason" for path in silent])
                 with failures.of("extras"):
                     extras.check_compiled(entry, model, failures.of)
     with failures.of("telemetry in each forward"):
-        check_live(entry, candidates, seeds, expected, failures)
+        silent = check_live(entry, candidates, seeds, expected, failures)
+        for row in result.get("candidates", []):
+            if row["path"] in silent:
+                row.update(site=False, level=None, reason="has a site that the layer's value never passes")
 
 
 def check_sites(entry: Entry) -> list[dict[str, Any]]:
@@ -219,16 +229,18 @@ def check_surface(host: nn.Module, model: nn.Module, failures: Failures, label: 
 
 def check_live(
     entry: Entry, candidates: list[Candidate], seeds: int, expected: dict[str, Record], failures: Failures
-) -> None:
-    """With telemetry in each training forward: same bits, and the site of each executed layer saw it."""
+) -> list[str]:
+    """With telemetry in each training forward: same bits; paths of the executed layers whose site saw nothing."""
     host = entry.build()
     model = compiler.compiled(host, entry, seeds, verify=False, telemetry_every=1)
     label = f"{entry.modes[0]}, example"
     if entry.modes[0] == "train":
         model.train()
-    record = run(model, entry, entry.batch, entry.length, tensor_names(host))
+    record = run(model, entry, entry.batch, entry.length, tensor_names(host), kept_by(host))
     failures.expect("same bits, telemetry_every=1", compare({label: expected[label]}, {label: record}))
-    empty = entry.batch == 0
-    if candidates and not empty and any(module.training for module in model.modules()):
-        silent = compiler.silent_sites(model, candidates)
-        failures.expect("sites are reached", [f"{path}: no telemetry" for path in silent])
+    if entry.batch == 0 or not any(module.training for module in model.modules()):
+        return []
+    ran = [candidate for candidate in candidates if candidate.in_first_mode]
+    silent = [path for path in compiler.silent_sites(model, ran) if path not in entry.unmeasured]
+    failures.expect("sites are reached", [f"{path or 'root'}: no telemetry" for path in silent])
+    return silent

@@ -98,6 +98,6 @@ def silent_sites(model: nn.Module, candidates: list[Candidate]) -> list[str]:
     for path, site in seeds.sites.items():
         mine = counts[row : row + len(site)]
         row += len(site)
-        if any(covers(path, candidate) for candidate in candidates) and not bool((mine > 0).all()):
-            silent.append(path or "(root)")
+        if not bool((mine > 0).all()):
+            silent += [candidate.path for candidate in candidates if covers(path, candidate)]
     return silent

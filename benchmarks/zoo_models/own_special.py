@@ -225,7 +225,7 @@ class DeepcopiedLayers(nn.Module):
         return x
 
 
-@zoo("func_grad_inside", FAMILY, WIDE)
+@zoo("func_grad_inside", FAMILY, WIDE, unmeasured=("energy.0", "energy.2"))
 class FuncGradInside(nn.Module):
     """torch.func.grad and vmap over a layer in the forward."""
 

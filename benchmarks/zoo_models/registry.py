@@ -26,6 +26,7 @@ class Entry:
     extras: further checks, see `checks.EXTRAS`.
     modes: `train` and `eval` set the flags of the whole tree, `as_built` leaves them.
     input_grads: whether floating inputs ask for gradients too.
+    unmeasured: layers that run where no telemetry can be taken (inside torch.func transforms).
     note: what is special about the host.
     """
 
@@ -40,6 +41,7 @@ class Entry:
     extras: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("train", "eval")
     input_grads: bool = True
+    unmeasured: tuple[str, ...] = ()
     note: str = ""
 
     def build(self, seed: int = 0) -> nn.Module:

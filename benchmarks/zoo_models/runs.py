@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,18 +38,25 @@ def rng_state() -> dict[str, Any]:
 
 
 def run(
-    model: nn.Module, entry: Entry, batch: int, length: int, names: frozenset[str], *, backward: bool = True
+    model: nn.Module,
+    entry: Entry,
+    batch: int,
+    length: int,
+    names: frozenset[str],
+    kept: list[Any] | None = None,
+    *,
+    backward: bool = True,
 ) -> Record:
     """One forward and backward under a fixed seed.
 
-    `names` are the host's parameters and buffers: of a compiled model only those are compared.
+    `names` are the host's parameters and buffers: of a compiled model only those are compared. `kept` is the list
+    that the host's hooks put things into.
     """
     args, kwargs = entry.inputs(batch, length)
     args, kwargs = copied((args, kwargs), backward and entry.input_grads)
     for parameter in model.parameters():
         parameter.grad = None
-    kept = getattr(model, "kept", None)
-    if isinstance(kept, list):
+    if kept is not None:
         kept.clear()
     seed_everything(1234)
     found = list(leaves(model(*args, **kwargs), "output"))
@@ -77,6 +84,11 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_leaf
 
 
+def kept_by(host: nn.Module) -> list[Any] | None:
+    """The list that the hooks of this host close over, if it has any."""
+    return vars(host).get("kept")
+
+
 def tensor_names(model: nn.Module) -> frozenset[str]:
     """Names of all parameters and buffers."""
     return frozenset(
@@ -94,21 +106,16 @@ def schedule(entry: Entry) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
 
 
 def trace(
-    model: nn.Module, entry: Entry, names: frozenset[str], each: Callable[[str, Record], None] | None = None
+    model: nn.Module, entry: Entry, names: frozenset[str], kept: list[Any] | None = None
 ) -> dict[str, Record]:
-    """Run the whole schedule; equal hosts give equal traces, buffers evolving in step.
-
-    `each` is called with every record as it comes (so that what ran before an exception is reported).
-    """
+    """Run the whole schedule; equal hosts give equal traces, buffers evolving in step."""
     records: dict[str, Record] = {}
     for label, mode, (batch, length), backward in schedule(entry):
         if mode != "as_built":
             model.train(mode == "train")
         if backward:
-            records[label] = run(model, entry, batch, length, names)
+            records[label] = run(model, entry, batch, length, names, kept)
         else:
             with torch.no_grad():
-                records[label] = run(model, entry, batch, length, names, backward=False)
-        if each is not None:
-            each(label, records[label])
+                records[label] = run(model, entry, batch, length, names, kept, backward=False)
     return records
