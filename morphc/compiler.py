@@ -326,6 +326,7 @@ def _finish(program: Program) -> None:
             program.demoted.get(r.path, r.reason),
             r.source,
             r.runs,
+            r.given if r.runs else (),
         )
         for r in program.regions.values()
     )

@@ -15,9 +15,10 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from morphc.errors import ExampleInputError, HostForwardError
+from morphc.errors import ExampleInputError, HostForwardError, PlanError
 from morphc.passes.clone import clone_tree
 from morphc.passes.manager import register_pass
+from morphc.passes.plan import Plan
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
 from morphc.passes.recording import Region, is_leaf, own_buffers, quiet_state, record
 from morphc.passes.tracing import trace_region
@@ -33,6 +34,9 @@ class Capture:
 
     def apply(self, program: Program) -> None:
         if program.regions:
+            return
+        if program.follow is not None:
+            _retrace(program, program.follow)
             return
         if program.args is None:
             raise ExampleInputError(
@@ -68,7 +72,7 @@ def _captured(path: str, region: Region, module: nn.Module, symbolic: bool) -> C
         return CapturedRegion(path, cls, "as_written", region.data_dependent, source)
     reason, where = "symbolic tracing was turned off", source
     if symbolic:
-        traced = trace_region(region, module)
+        traced = trace_region(module, region.arguments)
         if traced.train is not None and traced.eval is not None:
             graphs = {"train": traced.train, "eval": traced.eval}
             for graph in graphs.values():
@@ -80,6 +84,26 @@ def _captured(path: str, region: Region, module: nn.Module, symbolic: bool) -> C
     graphs = {"recorded": region.graph}
     text = f"{reason} at {where}" if where and where not in reason else reason
     return CapturedRegion(path, cls, "matched", text, source, graphs, pristine=graphs_hash(graphs))
+
+
+def _retrace(program: Program, plan: Plan) -> None:
+    """Of a plan that is followed, only the regions whose graphs run are traced again; nothing is searched."""
+    running = [note for note in plan.regions if note.runs]
+    clone = clone_tree(program.host)
+    own_buffers(clone)
+    modules = dict(clone.named_modules())
+    with quiet_state(clone, training=None):
+        for note in running:
+            if note.path not in modules:
+                raise PlanError(f"the plan's region {note.path!r} is not in this model")
+            traced = trace_region(modules[note.path], dict.fromkeys(note.given, True))
+            if traced.train is None or traced.eval is None:
+                raise PlanError(f"the plan's region {note.path!r} can't be traced any more: {traced.reason}")
+            graphs = {"train": traced.train, "eval": traced.eval}
+            program.regions[note.path] = CapturedRegion(
+                note.path, note.module_class, "rewritten", "", note.source, graphs, traced.given,
+                pristine=graphs_hash(graphs),
+            )  # fmt: skip
 
 
 def _copy_shapes(recorded: fx.Graph, traced: fx.Graph) -> None:

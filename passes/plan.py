@@ -75,7 +75,8 @@ class Miss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RegionNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How one module's own forward was captured. `runs` tells whether a graph runs in its place."""
+    """How one module's own forward was captured. `runs` tells whether a graph runs in its place, for
+    calls with the arguments `given`."""
 
     path: str
     module_class: str
@@ -83,6 +84,7 @@ class RegionNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
     source: str
     runs: bool = False
+    given: tuple[str, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

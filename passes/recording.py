@@ -442,6 +442,8 @@ def _user_frame() -> tuple[str, int]:
     fallback = ("<torch>", 0)
     while frame is not None:
         file = frame.f_code.co_filename
+        if frame.f_code is _attempt.__code__:
+            break  # whoever called the compiler is not part of the model
         if is_users(file):
             return file, frame.f_lineno
         if fallback[1] == 0 and file.startswith(_TORCH_DIR) and "/nn/modules/" in file:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from morphc.passes.recording import Region, definition, is_leaf, is_users
+from morphc.passes.recording import definition, is_leaf, is_users
 
 
 @dataclass
@@ -53,7 +54,7 @@ class _RegionTracer(fx.Tracer):
 
 def _nearest_user_line() -> str:
     frame = inspect.currentframe()
-    while frame is not None:
+    while frame is not None and frame.f_code is not _trace.__code__:
         file = frame.f_code.co_filename
         if is_users(file):
             return f"{file}:{frame.f_lineno}"
@@ -61,10 +62,11 @@ def _nearest_user_line() -> str:
     return ""
 
 
-def trace_region(region: Region, clone: nn.Module) -> Traced:
-    """Trace `clone` (the throwaway clone's module of that path) in train and in eval mode."""
-    if region.data_dependent:
-        return Traced(None, None, region.data_dependent, _after(region.data_dependent, " at "))
+def trace_region(clone: nn.Module, arguments: Mapping[str, bool]) -> Traced:
+    """Trace the forward of `clone`, a throwaway clone's module, in train and in eval mode.
+
+    arguments: the arguments that a call gives, and whether each is something else than None.
+    """
     if is_leaf(clone):
         return Traced(None, None, "a layer of torch itself")
     try:
@@ -75,7 +77,7 @@ def trace_region(region: Region, clone: nn.Module) -> Traced:
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return Traced(None, None, f"its forward takes *{name}", definition(clone))
-        if not region.arguments.get(name, False):
+        if not arguments.get(name, False):
             if parameter.default is parameter.empty:
                 return Traced(None, None, f"argument {name!r} was None in the example", definition(clone))
             concrete[name] = parameter.default
@@ -151,7 +153,3 @@ def _where(error: BaseException) -> str:
         if is_users(frame.filename):
             found = f"{frame.filename}:{frame.lineno}"
     return found
-
-
-def _after(text: str, mark: str) -> str:
-    return text.rpartition(mark)[2]
