@@ -97,13 +97,10 @@ def put(y: Tensor, chunks: Tensor, slots: Slots, axis: int, spatial: bool) -> Te
 
 def like(value: Tensor, y: Tensor) -> Tensor:
     """`value` in the memory format of `y`: what comes next may care (`view`, channels-last convolutions)."""
-    if y.is_contiguous():
-        return value.contiguous()
-    if y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
-        return value.contiguous(memory_format=torch.channels_last)
-    if y.dim() == 5 and y.is_contiguous(memory_format=torch.channels_last_3d):
-        return value.contiguous(memory_format=torch.channels_last_3d)
-    return value
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.dim())
+    if last is not None and y.stride(1) == 1 and y.is_contiguous(memory_format=last):
+        return value.contiguous(memory_format=last)
+    return value.contiguous() if y.is_contiguous() else value
 
 
 def per_slot(mask: Tensor, like_tensor: Tensor) -> Tensor:
@@ -186,8 +183,9 @@ def through_bank(
             tap = _arrange(tap.to(compute), blueprint, geometry)
             s = _from_tap(tap, trained, slots, blueprint, geometry, isolated_only)
         if not isolated_only:
-            joined = blend(blend_name, x, s, slots.alpha, trained)
-            joined = torch.where(per_slot(slots.blends, x), joined, x)
+            live = per_slot(slots.blends, x)
+            joined = blend(blend_name, torch.where(live, x, 0), torch.where(live, s, 0), slots.alpha, trained)
+            joined = torch.where(live, joined, x)
             y = put(y, joined.to(y.dtype), slots, axis, spatial)
         if torch.is_grad_enabled() and s.requires_grad:
             applied = StraightThrough.apply(y, s, *slots, axis, spatial)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from morphc.kernels.reference.chunks import widest
 from morphc.lifecycle import Lifecycle, Mode, mode_of
 from morphc.runtime import fastpath
 from morphc.runtime.bank import SlotBank
+from morphc.runtime.regions import restore_forward
 from morphc.runtime.site import FunctionalSites, SeedSite, first_tensor
 from morphc.runtime.state import SeedState
 
@@ -508,6 +509,8 @@ def detach_(root: nn.Module) -> None:
     root = store.root
     for site in store.sites.values():
         store.set_mode(site, Mode.DORMANT)
+    for module in root.modules():
+        restore_forward(module)
     for forward in reversed(store.wrapped):
         if forward.replaced is not None:
             forward.layer.__dict__["forward"] = forward.replaced

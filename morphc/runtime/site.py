@@ -161,7 +161,7 @@ class SeedSite(nn.Module):
                 y,
                 tap,
                 bank.leaves(),
-                active.describe(bank.owner, lifecycle, alpha, self.features),
+                active.describe(self.owner_of(bank), lifecycle, alpha, self.features),
                 kind,
                 bank.geometry,
                 bank.blend,
@@ -169,6 +169,10 @@ class SeedSite(nn.Module):
                 isolated_only=isolated_only,
             )
         return out
+
+    def owner_of(self, bank: SlotBank) -> Tensor:
+        """[K]: the seed of this site that holds each slot, -1 where there is none."""
+        return bank.owner
 
     def train_rows(self, bank: SlotBank) -> Tensor:
         """[K] bool: the slots of `bank` whose owner's state trains."""
