@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console, JustifyMethod, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +40,18 @@ def as_text(report: Report) -> str:
 def print_report(report: Report, console: Console) -> None:
     """Print the report in the colours and the width of `console`."""
     for part in parts(report):
+        if isinstance(part, Table):
+            _fit(part, console)
         console.print(part, highlight=False, soft_wrap=not isinstance(part, Table))
+
+
+def _fit(table: Table, console: Console) -> None:
+    """Leave out what can best be missed until the table fits; the page and the JSON have it all."""
+    unbounded = console.options.update(max_width=10_000)
+    for header in ("source", "slots", "features", "layer", "module"):
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            return
+        table.columns = [column for column in table.columns if column.header != header]
 
 
 def parts(report: Report) -> Iterator[RenderableType]:
@@ -211,5 +223,6 @@ def _table(*columns: str) -> Table:
     for column in columns:
         right = column.startswith(">")  # numbers
         justify: JustifyMethod = "right" if right else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=right, overflow="fold")
+        header = column.lstrip(">")
+        table.add_column(header, justify=justify, no_wrap=right, overflow="fold", min_width=len(header))
     return table

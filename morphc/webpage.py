@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+import re
 from typing import Any
 
 import jinja2
@@ -28,8 +29,11 @@ def render(report: Report) -> str:
     source = importlib.resources.files("morphc.templates").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     name = report.plan.model_class.rpartition(".")[2] or "model"
-    return environment.from_string(source).render(
+    return environment.from_string(
+        source
+    ).render(
         title=name,
+        heading=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "\u200b", name),  # where a narrow screen may break it
         facts=facts(report),
         verification=report.verification,
         data=_embeddable(page_data(report)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -102,6 +103,17 @@ class TestTable:
         report = Report(Plan(sites=(_site("fc"),)), measured={"fc": 3.5})
         assert "measured" in str(report)
         assert "3.50 us" in str(report)
+
+    def test_narrow_terminal_gets_fewer_columns_instead_of_torn_ones(self):
+        from rich.console import Console
+
+        from morphc.reporttable import print_report
+
+        console = Console(file=io.StringIO(), width=60, color_system=None)
+        print_report(_report(), console)
+        text = console.file.getvalue()
+        assert re.search(r"h\.\*\.fc +×3 .* 2\.00 us +2\.0%", text)
+        assert "net.py:7" not in text
 
     def test_root_has_a_name(self):
         assert "(root)" in str(Report(Plan(sites=(_site(""),))))
