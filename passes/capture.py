@@ -20,7 +20,7 @@ from morphc.passes.clone import clone_tree
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Plan
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
-from morphc.passes.recording import Region, is_leaf, own_buffers, quiet_state, record
+from morphc.passes.recording import Region, is_leaf, own_state, quiet_state, record
 from morphc.passes.tracing import trace_region
 
 
@@ -49,7 +49,7 @@ class Capture:
         program.recording = recording
         clone = clone_tree(program.host)
         # Reading a parametrized weight computes it, and some parametrizations update their buffers by that.
-        own_buffers(clone)
+        own_state(clone)
         modules = dict(clone.named_modules())
         with quiet_state(clone, training=None):
             for path, region in recording.regions.items():
@@ -90,7 +90,7 @@ def _retrace(program: Program, plan: Plan) -> None:
     """Of a plan that is followed, only the regions whose graphs run are traced again; nothing is searched."""
     running = [note for note in plan.regions if note.runs]
     clone = clone_tree(program.host)
-    own_buffers(clone)
+    own_state(clone)
     modules = dict(clone.named_modules())
     with quiet_state(clone, training=None):
         for note in running:

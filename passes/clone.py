@@ -4,7 +4,9 @@ A deepcopy with a memo for the parameters breaks on locks, on generators and on 
 module objects are new, and whatever pointed at an old module from inside the tree points at its clone:
 
 1. children, ties between them included (one clone for each module object);
-2. modules, and bound methods of modules, kept in plain attributes, lists, tuples, dicts, sets and partials;
+2. modules, and bound methods of modules, kept in plain attributes: in lists, tuples, dicts (keys too), sets,
+   partials, weak references, closures and default arguments, and in objects of the user's own classes, which are
+   copied when a module is in them;
 3. hooks: the dicts are new (a hook put on the clone is not on the host), bound-method hooks are rebound.
 
 TorchScript modules can't be cloned (their state lives in C++) and are shared as they are.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -22,10 +25,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from morphc.passes.isolation import MAX_DEPTH, is_users_object, private_copy, shallow
+
 M = TypeVar("M", bound=nn.Module)
 
 _OWN_DICTS = ("_parameters", "_buffers", "_modules")
-_MAX_DEPTH = 6
 
 
 def clone_tree(
@@ -54,11 +58,16 @@ def clone_tree(
     return result
 
 
+def every_module(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()` and the modules reachable only through plain attributes."""
+    return list(_all_modules(root, vars))
+
+
 def _all_modules(
     root: nn.Module, attributes: Callable[[nn.Module], Mapping[str, Any]]
 ) -> Iterator[nn.Module]:
-    """`root.modules()` and the modules reachable only through plain attributes."""
     seen: set[int] = set()
+    walked: set[int] = set()
     stack = [root]
     while stack:
         module = stack.pop()
@@ -72,26 +81,48 @@ def _all_modules(
         stack.extend(child for child in own["_modules"].values() if child is not None)
         for name, value in own.items():
             if name not in _OWN_DICTS:
-                stack.extend(_modules_in(value, 0))
+                stack.extend(_modules_in(value, walked))
 
 
-def _modules_in(value: object, depth: int) -> list[nn.Module]:
-    """Modules inside a plain attribute's value: containers are walked, foreign objects are not."""
+def _modules_in(value: object, walked: set[int], depth: int = 0) -> list[nn.Module]:
+    """Modules inside a plain attribute's value. `walked`: ids of what was looked into before."""
     if isinstance(value, nn.Module):
         return [value]
-    if depth >= _MAX_DEPTH:
+    if depth >= MAX_DEPTH or isinstance(value, str | int | float | torch.Tensor | type(None)):
         return []
+    inside = _parts(value)
+    if not inside or id(value) in walked:
+        return []
+    # A bound method is a new object each time that it is read: its id says nothing later.
+    if not isinstance(value, types.MethodType):
+        walked.add(id(value))
+    return [module for item in inside for module in _modules_in(item, walked, depth + 1)]
+
+
+def _parts(value: object) -> list[Any]:
+    """What a value is made of, as far as modules can be in it."""
     if isinstance(value, types.MethodType):
-        return [value.__self__] if isinstance(value.__self__, nn.Module) else []
+        return [value.__self__]
     if isinstance(value, functools.partial):
-        return _modules_in([value.func, value.args, value.keywords], depth + 1)
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, types.FunctionType):
+        cells = [_contents(cell) for cell in value.__closure__ or ()]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    inside = list(vars(value).values()) if is_users_object(value) else []
     if isinstance(value, dict):
-        values = list(value.values())
-    elif isinstance(value, list | tuple | set | frozenset):
-        values = list(value)
-    else:
-        return []
-    return [module for item in values for module in _modules_in(item, depth + 1)]
+        return [*inside, *(key for key in value if isinstance(key, nn.Module)), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [*inside, *value]
+    return inside
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 class _Rebinder:
@@ -99,22 +130,19 @@ class _Rebinder:
 
     def __init__(self, memo: dict[int, nn.Module]) -> None:
         self.memo = memo
-        self.containers: dict[int, object] = {}
+        self.containers: dict[int, Any] = {}
+        self.without: set[int] = set()
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
         if isinstance(value, nn.Module):
             return self.memo.get(id(value), value)
-        if depth >= _MAX_DEPTH:
+        if depth >= MAX_DEPTH:
             return value
         if isinstance(value, types.MethodType):
-            target = self.memo.get(id(value.__self__))
-            return value if target is None else types.MethodType(value.__func__, target)
+            target = self(value.__self__, depth + 1)
+            return value if target is value.__self__ else types.MethodType(value.__func__, target)
         if isinstance(value, functools.partial):
-            func, args, keywords = (
-                self(part, depth + 1) for part in (value.func, value.args, value.keywords)
-            )
-            same = func is value.func and args is value.args and keywords is value.keywords
-            return value if same else functools.partial(func, *args, **keywords)
+            return self._partial(value, depth)
         if isinstance(value, list | dict | set):
             return self._mutable(value, depth)
         if isinstance(value, tuple):
@@ -122,27 +150,95 @@ class _Rebinder:
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, weakref.ref) and isinstance(value(), nn.Module):
+            return weakref.ref(self(value()))
+        if isinstance(value, types.FunctionType):
+            return self._function(value, depth)
+        if is_users_object(value):
+            return self._object(value, depth)
         return self._wrapped_hook(value)
+
+    def _partial(self, value: functools.partial[Any], depth: int) -> Any:
+        func, args, keywords = (self(part, depth + 1) for part in (value.func, value.args, value.keywords))
+        if func is value.func and args is value.args and not self._holds_module(value.keywords):
+            return value
+        fresh = functools.partial(func, *args, **keywords)
+        # functools.update_wrapper leaves the wrapped forward's name and signature here.
+        fresh.__dict__.update({name: self(item, depth + 1) for name, item in vars(value).items()})
+        return fresh
 
     def _mutable(self, value: Any, depth: int) -> Any:
         """Lists, dicts and sets are always copied: appending to the clone's must not show in the host's."""
         if id(value) in self.containers:
             return self.containers[id(value)]
-        try:
-            fresh = copy.copy(value)
-        except Exception:  # a container of foreign making that refuses to be copied stays shared
+        fresh = shallow(value)
+        if fresh is value:
             return value
         self.containers[id(value)] = fresh
         if isinstance(value, list):
             for index, item in enumerate(value):
                 fresh[index] = self(item, depth + 1)
         elif isinstance(value, dict):
+            if any(isinstance(key, nn.Module) for key in value):
+                fresh.clear()
             for key, item in value.items():
-                fresh[key] = self(item, depth + 1)
+                fresh[self(key, depth + 1) if isinstance(key, nn.Module) else key] = self(item, depth + 1)
         elif any(isinstance(item, nn.Module) for item in value):
             fresh.clear()
             fresh.update(self(item, depth + 1) for item in value)
         return fresh
+
+    def _function(self, value: types.FunctionType, depth: int) -> Any:
+        """A function with modules in its closure or defaults, such as `lambda x: self.fc(x)`."""
+        if not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
+            return value
+        if id(value) in self.containers:
+            return self.containers[id(value)]
+        if not self._holds_module(value):
+            return value
+        cells = tuple(self._cell(cell) for cell in value.__closure__ or ())
+        fresh = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+        self.containers[id(value)] = fresh
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            if cell is not old:
+                cell.cell_contents = self(_contents(old), depth + 1)
+        fresh.__defaults__ = self(value.__defaults__, depth + 1)
+        fresh.__kwdefaults__ = self(value.__kwdefaults__, depth + 1)
+        fresh.__qualname__, fresh.__module__, fresh.__doc__ = (
+            value.__qualname__,
+            value.__module__,
+            value.__doc__,
+        )
+        fresh.__annotations__ = value.__annotations__
+        vars(fresh).update({name: self(item, depth + 1) for name, item in vars(value).items()})
+        return fresh
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """A new empty cell where modules are in it; any other stays shared, so that `nonlocal` counts on."""
+        if id(cell) not in self.containers:
+            self.containers[id(cell)] = types.CellType() if self._holds_module(_contents(cell)) else cell
+        found: types.CellType = self.containers[id(cell)]
+        return found
+
+    def _object(self, value: Any, depth: int) -> Any:
+        if id(value) in self.containers:
+            return self.containers[id(value)]
+        if not self._holds_module(value):
+            return self._wrapped_hook(value)
+        fresh = shallow(value)
+        self.containers[id(value)] = fresh
+        if fresh is not value:
+            vars(fresh).update({name: self(item, depth + 1) for name, item in vars(value).items()})
+        return fresh
+
+    def _holds_module(self, value: object) -> bool:
+        if id(value) in self.without:
+            return False
+        if any(id(module) in self.memo for module in _modules_in(value, set())):
+            return True
+        if is_users_object(value):
+            self.without.add(id(value))
+        return False
 
     def _wrapped_hook(self, value: Any) -> Any:
         """torch wraps `with_module=True` hooks in an object that keeps the module weakly; make another."""
@@ -185,31 +281,21 @@ def _slots(cls: type) -> Iterator[str]:
 
 
 def _own_tensors(root: nn.Module) -> None:
-    """Give every parameter and buffer of the tree a copy, one for each distinct tensor."""
-    copies: dict[int, torch.Tensor] = {}
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = copy.deepcopy(tensor)
-        return copies[id(tensor)]
-
-    for module in root.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
+    """Give every parameter, buffer and plain tensor of the tree a copy, one for each distinct tensor."""
+    copies: dict[int, Any] = {}
+    modules = [module for module in every_module(root) if not isinstance(module, torch.jit.ScriptModule)]
+    for module in modules:
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
-                    table[name] = cast(Any, own(tensor))
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = copy.deepcopy(tensor)
+                    table[name] = copies[id(tensor)]
+    # Plain lists of the module's own parameters, such as an LSTM's `_flat_weights`, follow by their ids.
+    for module in modules:
         for name, value in vars(module).items():
-            if name not in _OWN_DICTS and _holds_tensors(value, copies):
-                vars(module)[name] = [copies.get(id(item), item) for item in value]
-
-
-def _holds_tensors(value: object, copies: dict[int, torch.Tensor]) -> bool:
-    """A plain list of the module's own parameters, such as an LSTM's `_flat_weights`."""
-    return isinstance(value, list) and any(
-        isinstance(item, torch.Tensor) and id(item) in copies for item in value
-    )
+            if name not in _OWN_DICTS and not name.endswith("_hooks"):
+                vars(module)[name] = private_copy(value, copies)
 
 
 def walk_named(root: nn.Module) -> OrderedDict[str, nn.Module]:

@@ -20,7 +20,7 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from morphc.passes.clone import clone_tree, names_by_id, parameter_names
+from morphc.passes.clone import clone_tree, every_module, names_by_id, parameter_names
+from morphc.passes.isolation import kept_random_state, private_copy
 
 # Reading a value out of a tensor: from here on, Python's control flow may depend on the data.
 _VALUE_READS = frozenset(
@@ -509,7 +510,7 @@ def quiet_state(root: nn.Module, *, training: bool | None) -> Iterator[None]:
     """Run with a given training flag, fused fast paths off, and RNG state put back."""
     flags = [(module, module.training) for module in root.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=cuda_devices(root)):
+    with torch.random.fork_rng(devices=cuda_devices(root)), kept_random_state():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             if training is not None:
@@ -541,14 +542,20 @@ def is_library_hook(hook: Any) -> bool:
     return any(origin.split(".")[0] in _LIBRARIES for origin in origins)
 
 
-def own_buffers(root: nn.Module) -> None:
-    """Give the tree copies of its buffers, so that a forward may update them."""
-    for module in root.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
+def own_state(root: nn.Module) -> None:
+    """Give the tree copies of its buffers and of what its attributes hold, so that a forward may change them."""
+    memo: dict[int, Any] = {}
+    modules = [module for module in every_module(root) if not isinstance(module, torch.jit.ScriptModule)]
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.clone()
+                if id(buffer) not in memo:
+                    memo[id(buffer)] = buffer.clone()
+                module._buffers[name] = memo[id(buffer)]
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
+                vars(module)[name] = private_copy(value, memo)
 
 
 def record(
@@ -586,7 +593,7 @@ def _attempt(
 ) -> Recording:
     clone = clone_tree(host)
     # Also under fake tensors: an in-place update of a real buffer of one number is carried out on it.
-    own_buffers(clone)
+    own_state(clone)
     if not hooks:
         strip_user_hooks(clone)
     recorder = _Recorder(clone)
@@ -598,11 +605,13 @@ def _attempt(
             stack.enter_context(_quiet_log("torch._subclasses.fake_tensor"))
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
-            args, kwargs = tree_map(
-                lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, (args, kwargs)
-            )
+            own: Callable[[torch.Tensor], torch.Tensor] = mode.from_tensor
         else:
-            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            own = torch.clone
+        memo: dict[int, Any] = {}
+        args, kwargs = tree_map(
+            lambda x: own(x) if isinstance(x, torch.Tensor) else private_copy(x, memo), (args, kwargs)
+        )
         stack.enter_context(recorder)
         stack.enter_context(_module_calls(recorder))
         try:

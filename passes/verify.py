@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from morphc.errors import VerificationError
+from morphc.passes.clone import every_module
+from morphc.passes.isolation import kept_random_state, private_copy
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
@@ -179,9 +180,11 @@ class _Runner:
         own = dict(module.named_parameters()) if module is not self.host else parameters
         watched = {name: own.get(name, parameter) for name, parameter in parameters.items()}
 
+        memo: dict[int, Any] = {}
+
         def fresh(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
-                return x
+                return private_copy(x, memo)
             copied = x.detach().clone()
             return copied.requires_grad_(True) if copied.is_floating_point() else copied
 
@@ -265,24 +268,25 @@ def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed:
     """Run `root` so that nothing of it remembers: buffers, attributes, flags, and every RNG are put back."""
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     script_flags: list[tuple[nn.Module, bool]] = []
-    for module in root.modules():
+    memo: dict[int, Any] = {}
+    reached = {id(module) for module in root.modules()}
+    for module in every_module(root):
         if isinstance(module, torch.jit.ScriptModule):
             script_flags.append((module, module.training))
             module.train(training)
             continue
         before = dict(vars(module))
         saved.append((module, before))
-        vars(module).update(_scratch(before, training, keep_hooks))
-    states = (random.getstate(), np.random.get_state())
+        vars(module).update(_scratch(before, keep_hooks, memo))
+        if id(module) in reached:
+            vars(module)["training"] = training
     try:
-        with torch.random.fork_rng(devices=cuda_devices(root)):
+        with torch.random.fork_rng(devices=cuda_devices(root)), kept_random_state():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         for module, flag in script_flags:
             module.train(flag)
         for module, before in saved:
@@ -290,15 +294,24 @@ def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed:
             vars(module).update(before)
 
 
-def _scratch(before: dict[str, Any], training: bool, keep_hooks: bool) -> dict[str, Any]:
-    fresh: dict[str, Any] = {"training": training}
+def _scratch(before: dict[str, Any], keep_hooks: bool, memo: dict[int, Any]) -> dict[str, Any]:
+    fresh: dict[str, Any] = {}
     for name, value in before.items():
-        if name == "_buffers":
-            fresh[name] = {k: None if b is None else b.clone() for k, b in value.items()}
+        if name in ("_parameters", "_modules"):
+            fresh[name] = value.copy()
+        elif name == "_buffers":
+            fresh[name] = {k: None if b is None else _own(b, memo) for k, b in value.items()}
         elif name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             kept = type(value)()
             kept.update((k, h) for k, h in value.items() if keep_hooks or is_library_hook(h))
             fresh[name] = kept
-        elif type(value) in (list, dict, set, OrderedDict):
-            fresh[name] = value.copy()
+        elif not name.endswith("_hooks"):
+            fresh[name] = private_copy(value, memo)
     return fresh
+
+
+def _own(buffer: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    if id(buffer) not in memo:
+        memo[id(buffer)] = buffer.clone()
+    copied: torch.Tensor = memo[id(buffer)]
+    return copied
