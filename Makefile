@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# With a GPU in the machine torch comes with CUDA; without one the much smaller CPU build is taken where it can be
-# had. Another version: make test TORCH='torch==2.11.0'. Triton follows torch, which pins it.
+# Torch comes as the package index has it, on the usual one with CUDA. For the much smaller CPU build name PyTorch's
+# CPU index: make demo INDEX=--index-url=... Another version: make test TORCH='torch==2.11.0'. Triton follows torch,
+# which pins it.
 TORCH ?= torch==2.13.0
-INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+INDEX ?=
 OUT ?= out/demo
 
 PIP = $(VENV)/bin/python -m pip

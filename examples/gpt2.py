@@ -10,10 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 torch.manual_seed(0)
 config = GPT2Config(
-    n_layer=4, n_head=4, n_embd=128, vocab_size=512, n_positions=128, bos_token_id=0, eos_token_id=0
+    n_layer=4, n_head=4, n_embd=256, vocab_size=1024, n_positions=128, bos_token_id=0, eos_token_id=0
 )
 model = GPT2LMHeadModel(config)
-example_inputs = (torch.randint(1, 512, (2, 64)),)
+example_inputs = (torch.randint(1, 1024, (4, 128)),)
 
 
 def main() -> None:

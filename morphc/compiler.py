@@ -355,9 +355,13 @@ def _lost(path: str, cls: str, reason: str, source: str) -> Any:
 
 
 def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> Report:
+    # A tied parameter counts once, where it is found first.
+    own: dict[str, int] = {}
+    for name, parameter in program.host.named_parameters():
+        owner = name.rpartition(".")[0]
+        own[owner] = own.get(owner, 0) + parameter.numel()
     tree = tuple(
-        (name, type(module).__name__, sum(p.numel() for p in module.parameters(recurse=False)), "")
-        for name, module in program.host.named_modules()
+        (name, type(module).__name__, own.get(name, 0), "") for name, module in program.host.named_modules()
     )
     return Report(
         plan=program.plan,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import fx
 from morphc.passes.layers import WEIGHTED_CALLS
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
-from morphc.passes.program import Program, graphs_hash
+from morphc.passes.program import CapturedRegion, Program, graphs_hash
 from morphc.passes.recording import function_name
 
 
@@ -36,7 +37,7 @@ class InsertSites:
             for graph in region.graphs.values():
                 for node in list(graph.nodes):
                     site = _site_of_module(node, path, modules, names, layers)
-                    if site is None and node.op == "call_function":
+                    if site is None and node.op in ("call_function", "call_method"):
                         site = _site_of_call(node, path, functional)
                     if site is not None and not _has_site(node, site, path):
                         _insert(graph, node, site, path)
@@ -72,7 +73,7 @@ def _site_of_module(
 
 
 def _site_of_call(node: fx.Node, region: str, functional: dict[str, Site]) -> Site | None:
-    name = node.meta.get("function") or function_name(node.target)
+    name = node.meta.get("function") or _name(node)
     if name not in WEIGHTED_CALLS:
         return None
     for operand in node.all_input_nodes:
@@ -82,6 +83,12 @@ def _site_of_call(node: fx.Node, region: str, functional: dict[str, Site]) -> Si
     return None
 
 
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return f"torch.Tensor.{node.target}"
+    return "torch.matmul" if node.target is operator.matmul else function_name(node.target)
+
+
 def _parameter(node: fx.Node, region: str) -> str:
     """The parameter that the node is, or is a view of."""
     while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
@@ -89,6 +96,18 @@ def _parameter(node: fx.Node, region: str) -> str:
     if node.op != "get_attr":
         return ""
     return str(node.meta.get("parameter") or f"{region}.{node.target}".lstrip("."))
+
+
+def uncovered(region: CapturedRegion, sites: list[Site]) -> list[Site]:
+    """Functional layers whose parameter a graph of the region reads without a site behind the call."""
+    missing = []
+    for site in sites:
+        for graph in region.graphs.values():
+            reads = any(n.op == "get_attr" and _parameter(n, region.path) == site.path for n in graph.nodes)
+            if reads and not any(node.meta.get("site") == site.path for node in graph.nodes):
+                missing.append(site)
+                break
+    return missing
 
 
 def _has_site(node: fx.Node, site: Site, region: str) -> bool:
