@@ -123,6 +123,7 @@ class _Runner:
         self.notes: list[str] = []
         self.failed_on: tuple[Any, bool, bool] | None = None
         self.keep_hooks = False
+        self.input_gradients = True
 
     def first_difference(self) -> str:
         """Where host and model differ first, in words; empty when nowhere."""
@@ -144,11 +145,13 @@ class _Runner:
 
     def _compare(self, inputs: Any, training: bool, name: str) -> str:
         expected, error = self._attempt(self.host, inputs, training)
-        if error and not self.keep_hooks:
-            # A host may need its own hooks to run at all.
-            self.keep_hooks = True
-            expected, error = self._attempt(self.host, inputs, training)
-            self.keep_hooks = not error
+        # A host may refuse inputs that ask for gradients, and may need its own hooks to run at all.
+        for attribute, value in (("input_gradients", False), ("keep_hooks", True)):
+            if error and getattr(self, attribute) is not value:
+                setattr(self, attribute, value)
+                expected, error = self._attempt(self.host, inputs, training)
+                if error:
+                    setattr(self, attribute, not value)
         got, other = self._attempt(self.model, inputs, training)
         if error or other:
             if bool(error) == bool(other):
@@ -186,7 +189,7 @@ class _Runner:
             if not isinstance(x, torch.Tensor):
                 return private_copy(x, memo)
             copied = x.detach().clone()
-            return copied.requires_grad_(True) if copied.is_floating_point() else copied
+            return copied.requires_grad_(self.input_gradients) if copied.is_floating_point() else copied
 
         args, kwargs = tree_map(fresh, inputs)
         leaves = [x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
