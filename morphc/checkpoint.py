@@ -27,9 +27,9 @@ M = TypeVar("M", bound=nn.Module)
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write `model`, its seeds, slots and their optimizer moments to `directory`.
 
-    The directory appears complete or not at all; a morphc checkpoint there is replaced, anything else refused. It holds
-    `model.safetensors` (the state dict; tied tensors once) and `morphc.json` (the plan, versions, names of tied tensors,
-    checksum). Raises NotMorphedError and CheckpointError.
+    The directory appears complete or not at all; a morphc checkpoint there is replaced, anything else refused.
+    It holds `model.safetensors` (the state dict; tied tensors once) and `morphc.json` (the plan, versions, names of
+    tied tensors, checksum). Raises NotMorphedError and CheckpointError.
     """
     store = store_of(model)
     plan = _plan(store)

@@ -82,7 +82,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str
                 _sync(path)
             _publish(fresh, target)
     except OSError as error:
-        raise CheckpointError(f"{directory} can't be written: {error.strerror or error}") from error
+        raise CheckpointError(f"{directory} can't be written: {error}") from error
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} can't be written: {error}") from error
 

@@ -203,9 +203,9 @@ def _decide(
             return "small module", "it reads the input of the module that owns the layer"
         if home.into is None:
             return "small module", "the layer's weight has no full input axis"
-    merges = _merges(grown)
+        return "own weights", ""
     gains = home.gains_bias and request.owner is None
-    if not gains and any(foldmath.needs_bias(layer, home, merge) for merge in merges):
+    if not gains and any(foldmath.needs_bias(layer, home, merge) for merge in _merges(grown)):
         return "small module", "the layer has no bias that could take the shift"
     return "own weights", ""
 
@@ -308,14 +308,12 @@ def _merge(step: Step, plain: nn.Module) -> None:
         owner = plain.get_submodule(step.grown.path.rpartition(".")[0])
         found = parameter_home(owner, step.request.parameter, step.grown.feature_axis)
         assert isinstance(found, ParameterHome)
-        for merge in _merges(step.grown):
-            apply_to_parameter(owner, found, merge)
+        apply_to_parameter(owner, found, _merges(step.grown))
         return
-    layer = plain.get_submodule(step.grown.path)
-    home = home_of(layer)
-    assert isinstance(home, Home)
-    for merge in _merges(step.grown):
-        foldmath.apply_merge(layer, home, merge)
+    merges = _merges(step.grown)
+    if merges:
+        layer = plain.get_submodule(step.grown.path)
+        foldmath.apply_merges(layer, _home(layer), merges)
 
 
 def _widen(step: Step, plain: nn.Module) -> None:

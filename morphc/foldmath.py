@@ -11,6 +11,7 @@ Only the rows of the seed's own chunk are written; every other number stays the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -154,32 +155,38 @@ def needs_bias(layer: nn.Module, home: Home, merge: Merge) -> bool:
 
 
 @torch.no_grad()
-def apply_merge(layer: nn.Module, home: Home, merge: Merge) -> None:
+def apply_merges(layer: nn.Module, home: Home, merges: Sequence[Merge]) -> None:
     """Replace `layer`'s parameters by merged ones; the old tensors are left alone."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    width = merge.stop - merge.start
-    old = exact(weight.narrow(home.out, merge.start, width)).movedim(home.out, 0)
-    sided = (width, *(1,) * (old.dim() - 1))
-    new = old * merge.scale.view(sided)
-    if merge.delta is not None:
-        assert home.into is not None
-        new = new + merge.delta  # [C, in, *kernel], as `old` is now
-    if home.shift_in_weight:
-        new = new + merge.shift.view(sided)
-    if not torch.equal(new, old):
-        _write(layer, "weight", home.out, merge.start, new.movedim(0, home.out))
+    fresh = weight.detach().clone()
+    for merge in merges:
+        rows = fresh.narrow(home.out, merge.start, merge.stop - merge.start)
+        old = exact(rows).movedim(home.out, 0)
+        new = old * _sided(merge.scale, old)
+        if merge.delta is not None:
+            # [C, in, *kernel], as `old` is where its other axis runs over the inputs.
+            new = new + merge.delta
+        if home.shift_in_weight:
+            new = new + _sided(merge.shift, old)
+        rows.copy_(new.movedim(0, home.out))
+    replace_parameter(layer, "weight", fresh)
     if home.shift_in_weight:
         return
-    if needs_bias(layer, home, merge):
+    if any(needs_bias(layer, home, merge) for merge in merges):
         set_bias(layer, home)
     bias = layer._parameters.get("bias")
-    if bias is not None:
-        axis = -1 if home.out == -1 else 0
-        before = exact(bias.narrow(axis, merge.start, width)).movedim(axis, 0)
-        sided = (width, *(1,) * (before.dim() - 1))
-        after = before * merge.scale.view(sided) + merge.shift.view(sided)
-        _write(layer, "bias", axis, merge.start, after.movedim(0, axis))
+    if bias is None:
+        return
+    fresh = bias.detach().clone()
+    for merge in merges:
+        part = fresh.narrow(-1 if home.out == -1 else 0, merge.start, merge.stop - merge.start)
+        part.copy_(exact(part) * merge.scale + merge.shift)
+    replace_parameter(layer, "bias", fresh)
+
+
+def _sided(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def set_bias(layer: nn.Module, home: Home) -> None:
@@ -188,14 +195,6 @@ def set_bias(layer: nn.Module, home: Home) -> None:
     assert weight is not None
     zeros = torch.zeros(weight.shape[home.out], dtype=weight.dtype, device=weight.device)
     layer._parameters["bias"] = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-
-
-def _write(layer: nn.Module, name: str, axis: int, start: int, value: Tensor) -> None:
-    old = layer._parameters[name]
-    assert old is not None
-    fresh = old.detach().clone()
-    fresh.narrow(axis, start, value.shape[axis]).copy_(value)
-    replace_parameter(layer, name, fresh)
 
 
 def replace_parameter(layer: nn.Module, name: str, value: Tensor) -> None:

@@ -10,6 +10,7 @@ read from its symbolic trace:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -111,16 +112,17 @@ def _bias_name(bias: Any, owner: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def apply_to_parameter(owner: nn.Module, home: ParameterHome, merge: Merge) -> None:
+def apply_to_parameter(owner: nn.Module, home: ParameterHome, merges: Sequence[Merge]) -> None:
     """Scale the parameter's outputs, scale and shift the bias."""
     for name, axis in ((home.name, home.axis), (home.bias, -1)):
         parameter = owner._parameters.get(name) if name is not None else None
         if parameter is None or name is None:
             continue
-        width = merge.stop - merge.start
-        new = exact(parameter.narrow(axis, merge.start, width)).movedim(axis, -1) * merge.scale
-        if name == home.bias:
-            new = new + merge.shift
         fresh = parameter.detach().clone()
-        fresh.narrow(axis, merge.start, width).copy_(new.movedim(-1, axis))
+        for merge in merges:
+            part = fresh.narrow(axis, merge.start, merge.stop - merge.start)
+            new = exact(part).movedim(axis, -1) * merge.scale
+            if name == home.bias:
+                new = new + merge.shift
+            part.copy_(new.movedim(-1, axis))
         replace_parameter(owner, name, fresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from growth import BOUNDS, DTYPES, check, grow, how, morph
@@ -218,6 +220,42 @@ def test_computed_weights_get_a_small_module(wrap: object) -> None:
     folded = check(model, host, x)
     assert "computed on each call" in how(model)["0", "affine"]
     assert set(folded.state_dict()) >= set(host.state_dict())
+
+
+class Scaled(nn.Linear):
+    """Inherits a Linear's weights and computes something else with them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.square(), self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """As quantization packages bring them: codes and scales in buffers."""
+
+    __module__ = "some_quantizer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.register_buffer("weight", torch.randint(-9, 9, (8, 8), dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(8, 1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight * self.scales).T
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda: Scaled(8, 8).double(), Int8Linear], ids=["own forward", "quantized"]
+)
+def test_layers_that_compute_in_their_own_way_get_a_small_module(kind: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(8)
+    host, x = nn.Sequential(kind(), nn.Tanh()), torch.randn(3, 8, dtype=torch.float64)
+    model = morph(host, x, blend="lerp")
+    grow(model, "0", [0], "lowrank")
+    grow(model, "0", [1], "affine")
+    folded = check(model, host, x)
+    assert "no layer whose weights are known" in how(model)["0", "lowrank"]
+    assert type(folded[0]) is type(host[0])
 
 
 def test_attention_out_projection() -> None:
