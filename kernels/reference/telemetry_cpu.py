@@ -26,8 +26,8 @@ from morphc.kernels.reference.activations import (
     activation,
 )
 
-BLOCK_ELEMENTS = 1 << 16
-"""Elements of a block of rows: float32 input and two buffers are 768 KiB together."""
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of a block of rows: input and buffer are 1 MiB in float32."""
 
 LAGS = 3
 """Chunks up to this width get their row sums from products of neighbouring columns, wider ones from a
@@ -60,19 +60,17 @@ class HostSums(NamedTuple):
 
 
 class _Workspace(threading.local):
-    """Two buffers a thread, kept: fresh ones of this size would be paged in every time."""
+    """A buffer a thread, kept: a fresh one of this size would be paged in every time."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
 
-    def get(self, rows: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def get(self, rows: int, features: int, dtype: torch.dtype) -> Tensor:
         size = rows * features
         buffer = self.buffers.get(dtype)
-        if buffer is None or buffer.shape[1] < size:
-            buffer = self.buffers[dtype] = torch.empty(
-                2, max(size, BLOCK_ELEMENTS), dtype=dtype, device="cpu"
-            )
-        return buffer[0, :size].view(rows, features), buffer[1, :size].view(rows, features)
+        if buffer is None or buffer.shape[0] < size:
+            buffer = self.buffers[dtype] = torch.empty(max(size, BLOCK_ELEMENTS), dtype=dtype, device="cpu")
+        return buffer[:size].view(rows, features)
 
 
 _workspace = _Workspace()
@@ -117,8 +115,8 @@ def measure_host(
         part = x if blocks == 1 else x[index * block : (index + 1) * block]
         if part.dtype != center.dtype:
             part = part.to(center.dtype)
-        main, spare = _workspace.get(part.shape[0], features, center.dtype)
-        _block(part, center, cut, epilogue, near_zero, main, spare, columns[index])
+        main = _workspace.get(part.shape[0], features, center.dtype)
+        _block(part, center, cut, epilogue, near_zero, main, columns[index])
         if row_sums is not None:
             _row_squares(main, cut, row_sums[index])
     return _gather(columns, row_sums, cut)
@@ -139,7 +137,6 @@ def _block(
     epilogue: str | None,
     near_zero: float,
     main: Tensor,
-    spare: Tensor,
     out: Tensor,
 ) -> None:
     """Rows of `out`: sum of x - m, of its square, nothing yet, the dead, the peak, products with columns
@@ -153,14 +150,14 @@ def _block(
     _dead(part, main, epilogue, near_zero, peak, dead)
     torch.sub(part, center, out=main)
     torch.sum(main, 0, out=total)
+    shared = main.numpy()
     for lag, product in enumerate(products, 1):
         # The widest lag only occurs in the wider chunks, which stand first.
         stop = cut.edge if cut.wider and lag == cut.widest - 1 else part.shape[1]
-        pair = spare[:, : stop - lag]
-        torch.mul(main[:, : stop - lag], main[:, lag:stop], out=pair)
-        torch.sum(pair, 0, out=product[: stop - lag])
-    torch.mul(main, main, out=spare)
-    torch.sum(spare, 0, out=squares)
+        behind, out_row = shared[:, lag:stop], product.numpy()[: stop - lag]
+        np.einsum("rc,rc->c", shared[:, : stop - lag], behind, out=out_row)
+    # einsum multiplies and sums in one pass, without a product in memory.
+    np.einsum("rc,rc->c", shared, shared, out=squares.numpy())
 
 
 def _row_squares(main: Tensor, cut: Cut, out: NDArray[Any]) -> None:
