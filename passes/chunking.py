@@ -5,6 +5,8 @@ Seeds, by `Config.seeds_per_layer`:
 2. `{pattern: n}` is strict: the last pattern that matches a site's path holds, and must not exceed its
    features;
 3. `"auto"`: of the counts with aligned chunks, the largest whose predicted overhead is within `max_overhead`.
+   A site of several `parts` (the packed q | k | v of an attention) has a count that cuts each part alike, so that no
+   chunk has features of two: at least one seed a part, otherwise the largest such count that the rules allow.
 
 Slots: what `Config.slots` says, or min(seeds, max(4, 10 %)) of all sites within 2 % of the host's memory.
 """
@@ -93,6 +95,12 @@ def plan_seeds(
             continue
         if requested[pattern] > site.features:
             raise _too_many(f"seeds_per_layer[{pattern!r}]", requested[pattern], site)
+        if not cuts_parts_alike(site, requested[pattern]):
+            raise ConfigError(
+                f"seeds_per_layer[{pattern!r}]={requested[pattern]} does not cut the {site.parts} parts of "
+                f"{site.path!r}, {site.features // site.parts} features each, alike; use "
+                f"{_fitting(site, requested[pattern])}"
+            )
         planned.append((requested[pattern], ""))
     return tuple(planned)
 
@@ -269,17 +277,37 @@ def usable_blueprints(
     return tuple(usable), "; ".join(refused)
 
 
+def cuts_parts_alike(site: Site, count: int) -> bool:
+    """Whether `count` chunks are the same number of equal ones in each of the site's parts."""
+    if site.parts == 1:
+        return True
+    return count % site.parts == 0 and site.features // site.parts % (count // site.parts) == 0
+
+
+def _fitting(site: Site, count: int) -> int:
+    """The largest count up to `count` that cuts the site's parts alike, at least one seed a part."""
+    return next((n for n in range(count, site.parts, -1) if cuts_parts_alike(site, n)), site.parts)
+
+
 def _auto(site: Site, overhead: Overhead, max_overhead: float) -> tuple[int, str]:
-    for count in reversed(aligned_counts(site.features)):
+    counts = aligned_counts(site.features // site.parts)
+    for count in reversed([n * site.parts for n in counts if cuts_parts_alike(site, n * site.parts)]):
         if overhead(site, count) <= max_overhead:
             return count, ""
-    least = overhead(site, 1)
+    least = overhead(site, site.parts)
     if least <= max_overhead:
-        return 1, ""
-    return 1, f"one seed is predicted to cost {least:.1%} of its layer, above max_overhead={max_overhead:.1%}"
+        return site.parts, ""
+    word = "one seed is" if site.parts == 1 else f"{site.parts} seeds are"
+    return (
+        site.parts,
+        f"{word} predicted to cost {least:.1%} of its layer, above max_overhead={max_overhead:.1%}",
+    )
 
 
 def _ceiling(site: Site, count: int) -> tuple[int, str]:
+    if count <= site.features and not cuts_parts_alike(site, count):
+        fitting = _fitting(site, count)
+        return fitting, f"{count} seeds asked for, {fitting} cut its {site.parts} parts alike"
     if count <= site.features:
         return count, ""
     plural = "s" if site.features != 1 else ""

@@ -2,7 +2,8 @@
 
 1. A layer known by its type (`layers.classify`) is a candidate, reached by the example or not.
 2. The out-projection of a MultiheadAttention is read by a fused call and never called itself: its site stands
-   behind the attention, whose first output is the projection's.
+   behind the attention, whose first output is the projection's. Its in-projections are layers named by their
+   parameters, whose sites stand at the fused call.
 3. A module whose forward is one weighted call (transformers' `Conv1D`, a home-made linear) is a look-alike.
 4. A weighted call with a parameter in any other forward is a functional layer, named by its parameter.
 5. Containers, activations, dropouts and whatever has no weights are no candidates; `kinds`, `include` and
@@ -29,6 +30,12 @@ from morphc.passes.plan import Level, Miss, Site
 from morphc.passes.program import Program
 from morphc.passes.recording import Layer, Recording
 from morphc.passes.updates import with_plan
+from morphc.runtime.attention import PACKED
+
+_FUSED_ATTENTION = "torch.nn.functional.multi_head_attention_forward"
+_IN_PROJECTION_NOTE = (
+    "computed inside torch's attention, so its telemetry computes it once more on sampled steps"
+)
 
 
 @register_pass
@@ -63,6 +70,7 @@ class _Search:
         self.modules = dict(program.host.named_modules())
         self.shapes: dict[str, Shape] = {}
         self.owners: dict[str, str] = {}
+        self.attentions: dict[str, str] = {}
         self.calls: dict[str, WeightedCall] = {}
         self.misses: dict[str, Miss] = {}
         self.flow = Flow(collapse(self.recording.flow, set(), {}).graph)
@@ -98,12 +106,36 @@ class _Search:
                 name = f"{path}.out_proj".lstrip(".")
                 self.owners[name] = path
                 self.shapes[name] = Shape("linear", module.embed_dim, -1, 0)
+                self._in_projections(path, module)
 
         if "attention" in self.config.kinds:
             for path, module in self.modules.items():
                 shape = kinds_of.attention_output(module, self.recording.layers.get(path))
                 if shape is not None and path not in self.shapes:
                     self.shapes[path] = shape
+
+    def _in_projections(self, path: str, module: nn.MultiheadAttention) -> None:
+        """Case 2: seen in the recording if the attention ran, otherwise promised by its type."""
+        fused = any(
+            data["name"] == _FUSED_ATTENTION and data["regions"][-1:] == (path,)
+            for _, data in self.recording.flow.nodes(data=True)
+        )
+        ran = path in self.recording.layers
+        for name in kinds_of.computed_in_projections(module):
+            full = f"{path}.{name}".lstrip(".")
+            self._miss(
+                full, "Tensor", "it is no parameter: something computes it for each call", executed=ran
+            )
+        for name, shape in kinds_of.in_projections(module).items():
+            full = f"{path}.{name}".lstrip(".")
+            if ran and not fused:
+                reason = (
+                    f"the forward of {type(module).__name__} never hands it to torch's functional attention"
+                )
+                self._miss(full, "Parameter", reason, executed=True)
+                continue
+            self.shapes[full] = shape
+            self.attentions[full] = path
 
     def _by_computation(self) -> None:
         inner: dict[str, list[WeightedCall]] = {}
@@ -158,7 +190,7 @@ class _Search:
         """Drop layers whose recorded output isn't what their type promises; note tuple outputs."""
         for path, shape in list(self.shapes.items()):
             layer = self.recording.layers.get(self.owners.get(path, path))
-            if path in self.calls or layer is None:
+            if path in self.calls or path in self.attentions or layer is None:
                 continue
             if shape.output_index is None and layer.output_kind == "tuple":
                 shape = self.shapes[path] = Shape(
@@ -237,9 +269,10 @@ class _Search:
 
     def _site(self, path: str) -> Site:
         shape, call = self.shapes[path], self.calls.get(path)
-        owner = self.owners.get(path)
-        layer = self.recording.layers.get(owner if owner is not None else path)
+        owner, attention = self.owners.get(path), self.attentions.get(path)
+        layer = self.recording.layers.get(next(p for p in (owner, attention, path) if p is not None))
         region_path = call.regions[-1] if call and call.regions else layer.region if layer else None
+        region_path = attention if attention is not None else region_path
         if region_path is None and path in self.program.regions:
             region_path = path
         level, why = self._level(region_path, layer is not None or call is not None)
@@ -257,6 +290,11 @@ class _Search:
         tap = kinds_of.tap_width(module) if module is not None else 0
         if not tap and input_shape and shape.kind == "linear":
             tap = int(input_shape[-1])
+        note = "" if executed else "not reached by the example input; watched from its type"
+        if attention is not None:
+            dtype = self._parameter(path).dtype
+            tap = int(self._parameter(path).shape[1])
+            note = "; ".join(filter(None, (note, _IN_PROJECTION_NOTE)))
         return Site(
             path=path,
             layer_kind=shape.kind,
@@ -267,7 +305,7 @@ class _Search:
             captured_as=level,
             why_not_better=why,
             layer_class=self._class_of(path),
-            parameter=path.rpartition(".")[2] if call else None,
+            parameter=path.rpartition(".")[2] if call or attention is not None else None,
             owner=owner,
             region=region_path,
             output_index=shape.output_index,
@@ -277,7 +315,8 @@ class _Search:
             owns_input=self._owns_input(path, module),
             quantized=shape.quantized,
             executed=executed,
-            note="" if executed else "not reached by the example input; watched from its type",
+            note=note,
+            parts=3 if attention is not None and path.endswith(PACKED) else 1,
         )  # fmt: skip
 
     def _owns_input(self, path: str, module: nn.Module | None) -> bool:
@@ -298,6 +337,8 @@ class _Search:
     def _class_of(self, path: str) -> str:
         if path in self.modules:
             return type(self.modules[path]).__name__
+        if path in self.attentions:
+            return type(self.modules[self.attentions[path]]).__name__
         call = self.calls.get(path)
         return call.name.rsplit(".", 1)[-1] if call else "function"
 
@@ -339,9 +380,13 @@ class _Search:
         module = self.modules.get(site.path)
         if module is not None:
             return sum(p.numel() for p in module.parameters(recurse=False))
-        owner, _, name = site.path.rpartition(".")
+        return self._parameter(site.path).numel()
+
+    def _parameter(self, path: str) -> torch.Tensor:
+        """The parameter that a functional layer is named by; an empty tensor where it is computed."""
+        owner, _, name = path.rpartition(".")
         parameter = self.modules[owner]._parameters.get(name)
-        return parameter.numel() if parameter is not None else 0
+        return parameter if parameter is not None else torch.empty(0)
 
     def _flops_per_row(self, site: Site) -> int:
         """Two for each multiply-add: weights touched per position."""
@@ -366,13 +411,6 @@ class _Search:
                     call.source,
                     True,
                 )
-        for name, owner in self.owners.items():
-            in_proj = f"{owner}.in_proj_weight".lstrip(".")
-            if name in self.shapes and in_proj not in self.misses:
-                reason = (
-                    "computed inside torch's fused multi_head_attention_forward, which hands out only its end"
-                )
-                self._miss(in_proj, "Parameter", reason, executed=owner in self.recording.layers)
 
     def _why_no_layer(self, path: str, module: nn.Module) -> str:
         if type(module).__name__ in ACTIVATION_MODULES:

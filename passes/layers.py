@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from morphc.passes.recording import Layer, Recording, Region
+from morphc.runtime.attention import PACKED, SEPARATE
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -111,6 +113,25 @@ def _norm_by_name(module: nn.Module) -> Shape | None:
         return None
     named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
     return Shape("norm", weight.numel(), -1) if named else None
+
+
+def in_projections(attention: nn.MultiheadAttention) -> dict[str, Shape]:
+    """The layers that an attention makes of its own parameters, by the parameter's name."""
+    found = {}
+    for name in (PACKED, *SEPARATE):
+        weight = attention._parameters.get(name)
+        if weight is not None:
+            found[name] = Shape("linear", int(weight.shape[0]), -1, quantized=not weight.is_floating_point())
+    return found
+
+
+def computed_in_projections(attention: nn.MultiheadAttention) -> list[str]:
+    """Those that are weights without being parameters: parametrized, or set before each call by a hook."""
+    return [
+        name
+        for name in (PACKED, *SEPARATE)
+        if isinstance(vars(attention).get(name), torch.Tensor) or parametrize.is_parametrized(attention, name)
+    ]
 
 
 def _quantized(module: nn.Module) -> Shape | None:

@@ -4,8 +4,9 @@ The host is cloned (new module objects, shared tensors) and the sites are hung i
 
 1. A layer module: its forward is wrapped at its boundary, whatever its region's level.
 2. A functional layer in a rewritten region: the region's graph, site included, runs in place of the forward.
-3. A functional layer anywhere else: the region's own forward runs, watched for calls with the parameter.
-4. A rewritten region whose graph a pass has changed: the changed graph runs.
+3. The in-projection of a MultiheadAttention: its own forward runs, watched for the fused call.
+4. A functional layer anywhere else: the region's own forward runs, watched for calls with the parameter.
+5. A rewritten region whose graph a pass has changed: the changed graph runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
 from morphc.runtime.attach import SiteForward, SiteRequest, attach
+from morphc.runtime.attention import AttentionForward
 from morphc.runtime.regions import RewrittenForward, WatchedForward
 from morphc.runtime.site import SeedSite
 
@@ -45,17 +47,18 @@ class Lower:
                 functional.setdefault(_region_of(site), []).append(site)
         for path, region in program.regions.items():
             changed = region.pristine != graphs_hash(region.graphs)
+            attention = path in functional and isinstance(modules[path], nn.MultiheadAttention)
             region.runs = (
                 region.level == "rewritten"
                 and path not in program.demoted
-                and (changed or path in functional)
+                and (changed or (path in functional and not attention))
             )
             if region.runs:
                 wrapped = RewrittenForward(
                     modules[path], {m: _runnable(g) for m, g in region.graphs.items()}, region.given
                 )
                 modules[path].__dict__["forward"] = wrapped
-            elif path in functional:
+            if path in functional and (attention or not region.runs):
                 _watch(modules, path, functional[path])
         for path in functional.keys() - program.regions.keys():
             _watch(modules, path, functional[path])
@@ -108,7 +111,8 @@ def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
         child = owners[site.path]._modules["morphc"]
         assert child is not None
         found[site.path] = child.get_submodule(str(site.parameter))  # type: ignore[assignment]
-    modules[path].__dict__["forward"] = WatchedForward(modules[path], found, owners)
+    kind = AttentionForward if isinstance(modules[path], nn.MultiheadAttention) else WatchedForward
+    modules[path].__dict__["forward"] = kind(modules[path], found, owners)
 
 
 def rebind_forwards(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first element, else None. `owner` is the module whose forward is wrapped, where that is not the layer itself
     (the out-projection of a MultiheadAttention). `parameter_share`, `flop_share`: of the whole model's.
     `dominates`: how many later values can only be reached through this one. `host_flops_per_row`: the host
-    layer's own.
+    layer's own. `parts`: the features are that many equal parts which each have the same number of chunks, three
+    for the packed q | k | v of a MultiheadAttention.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host_flops_per_row: int = 0
     predicted: dict[str, float] = {}
     note: str = ""
+    parts: int = 1
 
 
 class Miss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
