@@ -80,8 +80,14 @@ def _all_modules(
         own = attributes(module)
         stack.extend(child for child in own["_modules"].values() if child is not None)
         for name, value in own.items():
-            if name not in _OWN_DICTS:
+            if name.endswith("_hooks") and isinstance(value, dict):
+                stack.extend(hook.__self__ for hook in value.values() if _is_method_of_module(hook))
+            elif name not in _OWN_DICTS:
                 stack.extend(_modules_in(value, walked))
+
+
+def _is_method_of_module(hook: object) -> bool:
+    return isinstance(hook, types.MethodType) and isinstance(hook.__self__, nn.Module)
 
 
 def _modules_in(value: object, walked: set[int], depth: int = 0) -> list[nn.Module]:
@@ -157,6 +163,18 @@ class _Rebinder:
         if is_users_object(value):
             return self._object(value, depth)
         return self._wrapped_hook(value)
+
+    def hooks(self, table: Any) -> Any:
+        """A new table of hooks. A closure among them keeps what it closes over: that is where its user looks."""
+        fresh = copy.copy(table)
+        for key, hook in table.items():
+            if isinstance(hook, types.MethodType | functools.partial) and not is_users_object(
+                getattr(hook, "__self__", None)
+            ):
+                fresh[key] = self(hook)
+            else:
+                fresh[key] = self._wrapped_hook(hook)
+        return fresh
 
     def _partial(self, value: functools.partial[Any], depth: int) -> Any:
         func, args, keywords = (self(part, depth + 1) for part in (value.func, value.args, value.keywords))
@@ -246,7 +264,8 @@ class _Rebinder:
             return value
         module = value.module() if getattr(value, "with_module", False) else None
         target = None if module is None else self.memo.get(id(module), module)
-        return type(value)(self(value.hook), target)
+        own = value.hook
+        return type(value)(self(own) if isinstance(own, types.MethodType) else own, target)
 
 
 def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Mapping[str, Any]) -> None:
@@ -256,6 +275,8 @@ def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Ma
             state[name] = copy.copy(value)
         elif name == "_modules":
             state[name] = _copy_children(value, rebind)
+        elif name.endswith("_hooks") and isinstance(value, dict):
+            state[name] = rebind.hooks(value)
         else:
             state[name] = rebind(value)
     # object.__setattr__ would go through a module's own slots and properties; the dict itself does not.

@@ -69,11 +69,9 @@ def _bytes(host: nn.Module) -> int:
 def _host_layer(site: Site, module: nn.Module | None) -> HostLayer | None:
     """A convolution's stride and kernel, which the site itself doesn't tell."""
     kernel: Any = getattr(module, "kernel_size", None)
-    if (
-        module is None
-        or not isinstance(kernel, tuple)
-        or not isinstance(getattr(module, "weight", None), nn.Parameter)
-    ):
+    # Not `module.weight`: of a parametrized layer that is computed, and spectral norm's buffers move with it.
+    weight = module._parameters.get("weight") if module is not None else None
+    if module is None or weight is None or not isinstance(kernel, tuple):
         return None
     stride: Any = module.stride
     conv = ConvGeometry(
@@ -87,7 +85,7 @@ def _host_layer(site: Site, module: nn.Module | None) -> HostLayer | None:
         kind="conv",
         features=site.features,
         in_features=int(module.in_channels),  # type: ignore[arg-type]
-        weights=module.weight.numel(),  # type: ignore[operator]
+        weights=weight.numel(),
         bias=module.bias is not None,
         dtype=site.dtype,
         stride=math.prod(stride),
