@@ -26,13 +26,23 @@ from morphc.kernels.reference.activations import (
     activation,
 )
 
-BLOCK_ELEMENTS = 1 << 17
-"""Elements of a block of rows: input and buffer are 1 MiB in float32."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of a block of rows: a MiB in float32."""
 
 LAGS = 3
 """Chunks up to this width get their row sums from products of neighbouring columns, wider ones from a
 product with ones.
 """
+
+TILE = 64
+"""Narrow even chunks are summed by a block-diagonal matrix of about this many rows: a product with ones runs
+short.
+"""
+
+NARROW = 8
+
+# Rows of what is gathered per column; the first four are the moments in the order of the state.
+TOTAL, SQUARES, ROW_SQUARES, DEAD, MOST, LEAST, PRODUCTS = range(7)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,7 +70,7 @@ class HostSums(NamedTuple):
 
 
 class _Workspace(threading.local):
-    """A buffer a thread, kept: a fresh one of this size would be paged in every time."""
+    """Buffers of a thread, kept: fresh ones of this size would be paged in every time."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
@@ -90,18 +100,29 @@ def cut_of(features: int, seeds: int) -> Cut:
     return Cut(starts, widths, base, wider, widest, wider * (base + 1), together)
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def first_shift(x: Tensor, cut: Cut) -> Floats:
-    """The mean of every chunk over the first rows: what telemetry's sums are taken around."""
-    block = x[: _block_rows(x)]
-    columns = block.sum(0, dtype=_wide(x)).double().numpy()
-    return np.add.reduceat(columns, cut.starts) / (cut.widths * len(block))
+    """What telemetry's sums are taken around: zero, unless the first rows lie further from it than twice
+    their spread.
+
+    Then the means of the chunks over those rows, as sums around zero would lose their digits.
+    """
+    block = x[: _block_rows(x)].double().numpy()
+    count = cut.widths * len(block)
+    mean = np.add.reduceat(block.sum(0), cut.starts) / count
+    square = np.add.reduceat(np.einsum("rc,rc->c", block, block), cut.starts) / count
+    if (mean * mean <= 4 * (square - mean * mean)).all():
+        return np.zeros_like(mean)
+    return mean if x.dtype == torch.float64 else mean.astype(np.float32).astype(np.float64)
 
 
 def center_of(shift: Floats, cut: Cut, x: Tensor) -> Tensor:
-    """The shift as [F], in the type that sums are formed in."""
-    return torch.from_numpy(shift.repeat(cut.widths)).to(_wide(x))
+    """The shift as [F], in the type that sums are formed in; empty where it is zero."""
+    wide = torch.from_numpy(shift.repeat(cut.widths)).to(_wide(x))
+    return wide if shift.any() else wide[:0]
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def measure_host(
     x: Tensor, center: Tensor, cut: Cut, epilogue: str | None, near_zero: float
 ) -> HostSums | None:
@@ -109,16 +130,20 @@ def measure_host(
     rows, features = x.shape
     block = _block_rows(x)
     blocks = -(-rows // block)
-    columns = torch.zeros(blocks, 5 + len(cut.together), features, dtype=center.dtype, device="cpu")
-    row_sums = np.zeros((blocks, len(cut.starts))) if cut.widest > LAGS else None
+    columns = torch.zeros(blocks, 6 + len(cut.together), features, dtype=center.dtype, device="cpu")
+    row_sums = np.zeros((blocks, 2, len(cut.starts))) if cut.widest > LAGS else None
     for index in range(blocks):
         part = x if blocks == 1 else x[index * block : (index + 1) * block]
         if part.dtype != center.dtype:
             part = part.to(center.dtype)
-        main = _workspace.get(part.shape[0], features, center.dtype)
-        _block(part, center, cut, epilogue, near_zero, main, columns[index])
-        if row_sums is not None:
-            _row_squares(main, cut, row_sums[index])
+        main = part
+        out = columns[index]
+        torch.amax(part, 0, out=out[MOST])
+        torch.amin(part, 0, out=out[LEAST])
+        _dead(part, epilogue, near_zero, out)
+        if len(center):
+            main = torch.sub(part, center, out=_workspace.get(part.shape[0], features, center.dtype))
+        _moments(main, cut, out, row_sums[index] if row_sums is not None else None)
     return _gather(columns, row_sums, cut)
 
 
@@ -130,102 +155,105 @@ def _block_rows(x: Tensor) -> int:
     return max(1, min(x.shape[0], BLOCK_ELEMENTS // x.shape[1]))
 
 
-def _block(
-    part: Tensor,
-    center: Tensor,
-    cut: Cut,
-    epilogue: str | None,
-    near_zero: float,
-    main: Tensor,
-    out: Tensor,
-) -> None:
-    """Rows of `out`: sum of x - m, of its square, nothing yet, the dead, the peak, products with columns
-    behind.
-
-    `main` is left holding x - m.
+def _moments(main: Tensor, cut: Cut, out: Tensor, row_out: Floats | None) -> None:
+    """Per column the sum of squares, and the sum with products of the columns behind; or per chunk its row
+    sums.
     """
-    total, squares, _, dead, peak, *products = out.unbind(0)
-    torch.abs(part, out=main)
-    torch.amax(main, 0, out=peak)
-    _dead(part, main, epilogue, near_zero, peak, dead)
-    torch.sub(part, center, out=main)
-    torch.sum(main, 0, out=total)
     shared = main.numpy()
-    for lag, product in enumerate(products, 1):
-        # The widest lag only occurs in the wider chunks, which stand first.
-        stop = cut.edge if cut.wider and lag == cut.widest - 1 else part.shape[1]
-        behind, out_row = shared[:, lag:stop], product.numpy()[: stop - lag]
-        np.einsum("rc,rc->c", shared[:, : stop - lag], behind, out=out_row)
     # einsum multiplies and sums in one pass, without a product in memory.
-    np.einsum("rc,rc->c", shared, shared, out=squares.numpy())
+    np.einsum("rc,rc->c", shared, shared, out=out[SQUARES].numpy())
+    if row_out is not None:
+        _row_sums(main, cut, row_out)
+        return
+    torch.sum(main, 0, out=out[TOTAL])
+    for lag, weight in enumerate(cut.together, 1):
+        # The widest lag only occurs in the wider chunks, which stand first.
+        stop = cut.edge if cut.wider and lag == cut.widest - 1 else len(weight) + lag
+        product = out[PRODUCTS + lag - 1].numpy()[: stop - lag]
+        np.einsum("rc,rc->c", shared[:, : stop - lag], shared[:, lag:stop], out=product)
 
 
-def _row_squares(main: Tensor, cut: Cut, out: NDArray[Any]) -> None:
-    """Sum over the rows of (sum of the chunk)^2, for every chunk."""
+def _row_sums(main: Tensor, cut: Cut, out: Floats) -> None:
+    """The sum of every chunk in a row, summed over the rows into out[0], and squared into out[1]."""
     rows = main.shape[0]
-    seeds = len(cut.starts)
-    groups = ((0, cut.wider, cut.base + 1), (cut.edge, seeds - cut.wider, cut.base))
+    groups = ((0, cut.wider, cut.base + 1), (cut.edge, len(cut.starts) - cut.wider, cut.base))
     place = 0
     for start, count, width in groups:
-        if count:
-            values = main[:, start : start + count * width].reshape(-1, width)
-            sums = torch.mv(values, torch.ones(width, dtype=main.dtype)).view(rows, count)
-            out[place : place + count] = sums.square_().sum(0).numpy()
-            place += count
+        if not count:
+            continue
+        values = main[:, start : start + count * width].reshape(-1)
+        tile = TILE // width
+        if width < NARROW and rows * count % tile == 0:
+            summed = torch.mm(values.view(-1, tile * width), _tile(width, main.dtype))
+        else:
+            summed = torch.mv(values.view(-1, width), torch.ones(width, dtype=main.dtype))
+        shared = summed.view(rows, count).numpy()
+        out[0, place : place + count] = shared.sum(0)
+        out[1, place : place + count] = np.einsum("rc,rc->c", shared, shared)
+        place += count
 
 
-def _dead(
-    part: Tensor, magnitude: Tensor, epilogue: str | None, near_zero: float, peak: Tensor, out: Tensor
-) -> None:
-    """How many of a column are dead behind the epilogue, into the zeroed `out`; `magnitude` is overwritten.
+@lru_cache(maxsize=64)
+def _tile(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.eye(TILE // width, dtype=dtype).repeat_interleave(width, 0)
 
-    The comparison is written as floats, since summing booleans is ten times slower.
+
+def _dead(part: Tensor, epilogue: str | None, near_zero: float, columns: Tensor) -> None:
+    """How many of a column are dead behind the epilogue.
+
+    The comparison is written as floats where it has to be summed, since summing booleans is ten times slower.
     """
+    out = columns[DEAD]
+    mask = _workspace.get(part.shape[0], part.shape[1], part.dtype)
     if near_zero == 0.0:
         if epilogue in DEAD_BELOW_ZERO:
-            torch.le(part, 0, out=magnitude)
-            torch.sum(magnitude, 0, out=out)
+            torch.le(part, 0, out=mask)
+            torch.sum(mask, 0, out=out)
             return
         far = DEAD_FAR_BELOW_ZERO.get(epilogue or "identity")
         if epilogue is None or epilogue in DEAD_ONLY_AT_ZERO or far:
-            if magnitude.amin(0).numpy().min() == 0.0:
-                torch.eq(part, 0, out=magnitude)
-                torch.sum(magnitude, 0, out=out)
+            if np.equal(part.numpy(), 0).any():
+                torch.eq(part, 0, out=mask)
+                torch.sum(mask, 0, out=out)
             if far and epilogue is not None:
-                _dead_far_below(part, epilogue, far, peak, out)
+                _dead_far_below(part, epilogue, far, columns)
             return
     value = part if epilogue is None else activation(epilogue)(part)
-    torch.le(value.abs(), near_zero, out=magnitude)
-    torch.sum(magnitude, 0, out=out)
+    torch.le(value.abs(), near_zero, out=mask)
+    torch.sum(mask, 0, out=out)
 
 
-def _dead_far_below(part: Tensor, epilogue: str, far: float, peak: Tensor, out: Tensor) -> None:
+def _dead_far_below(part: Tensor, epilogue: str, far: float, out: Tensor) -> None:
     """Columns that reach below `far` need the function itself; they are few."""
-    columns = np.flatnonzero(peak.numpy() > -far)
+    columns = np.flatnonzero(out[LEAST].numpy() < far)
     if len(columns):
         chosen = torch.from_numpy(columns)
         after = activation(epilogue)(part.index_select(1, chosen))
-        out.index_copy_(0, chosen, (after == 0).sum(0, dtype=out.dtype))
+        out[DEAD].index_copy_(0, chosen, (after == 0).sum(0, dtype=out.dtype))
 
 
 def _gather(columns: Tensor, row_sums: Floats | None, cut: Cut) -> HostSums | None:
-    single = len(columns) == 1
-    peak: NDArray[Any] = (columns[0, 4] if single else columns[:, 4].amax(0)).numpy()
+    if len(columns) == 1:
+        summed: NDArray[Any] = columns[0].numpy()
+        peak = np.maximum(summed[MOST], -summed[LEAST])
+    else:
+        shared = columns.numpy()
+        peak = np.maximum(shared[:, MOST].max(0), -shared[:, LEAST].min(0))
+        summed = columns.sum(0).numpy()
     # A NaN or an Inf is among the peaks, and so in their largest.
     if not math.isfinite(peak.max()):
         return None
-    summed: NDArray[Any] = (columns[0] if single else columns.sum(0)).numpy()
     if cut.widest == 1:
-        summed[2] = summed[1]
-        return HostSums(summed[:4], peak)
+        summed[ROW_SQUARES] = summed[SQUARES]
+        return HostSums(summed[: DEAD + 1], peak)
     if cut.together:
         # (row sum)^2 is the squares and twice the products of all pairs.
-        summed[2] = summed[1]
-        for weight, products in zip(cut.together, summed[5:], strict=True):
-            summed[2, : len(weight)] += weight * products[: len(weight)]
-    moments = _fold(summed[:4].astype(np.float64), cut, np.add)
+        summed[ROW_SQUARES] = summed[SQUARES]
+        for weight, products in zip(cut.together, summed[PRODUCTS:], strict=True):
+            summed[ROW_SQUARES, : len(weight)] += weight * products[: len(weight)]
+    moments = _fold(summed[: DEAD + 1].astype(np.float64), cut, np.add)
     if row_sums is not None:
-        moments[2] = row_sums.sum(0)
+        moments[TOTAL], moments[ROW_SQUARES] = row_sums.sum(0)
     return HostSums(moments, _fold(peak, cut, np.maximum))
 
 
