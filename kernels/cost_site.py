@@ -33,7 +33,7 @@ GRANULE = 64
 HIDDEN_FLOPS = 30
 BLEND_FLOPS = {"residual": 2, "lerp": 3, "multiply": 20, "gate": 24}
 
-# The torch backend, fitted by `python -m tests.cost.calibrate` on one thread of a Xeon with torch 2.13, over
+# The torch backend, fitted by `python benchmarks/calibrate_cost.py` on one thread of a Xeon with torch 2.13, over
 # 8x64 to 4096x4096 and chunks of 1 to 256. A pass is one float32 element at the cache's bandwidth; what torch
 # does slowly (reductions over a short axis, gathers) counts as the passes that take as long. Telemetry walks
 # blocks of rows that stay in the cache: 29.5 passes an element, 111 a row and chunk, 18 ops.

@@ -8,12 +8,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
+import msgspec
 import torch
 from msgspec.structs import replace
 from torch import nn
 
-from morphc.config import Config
-from morphc.errors import AlreadyMorphedError, ExampleInputError, PlanError, UnsupportedHostError
+from morphc.config import KINDS, Config
+from morphc.errors import (
+    AlreadyMorphedError,
+    ConfigError,
+    ExampleInputError,
+    MorphcError,
+    PlanError,
+    UnsupportedHostError,
+)
+from morphc.kernels.blueprints import base as blueprints
 from morphc.passes.capture import Capture
 from morphc.passes.emit import readable_graphs
 from morphc.passes.find_candidates import FindCandidates
@@ -21,7 +31,7 @@ from morphc.passes.fuse_epilogues import FuseEpilogues
 from morphc.passes.insert_sites import InsertSites
 from morphc.passes.lower import Lower
 from morphc.passes.manager import Pass, PassRecord, parse_passes, run_passes
-from morphc.passes.plan import SCHEMA_VERSION, Plan, RegionNote
+from morphc.passes.plan import SCHEMA_VERSION, Miss, Plan, RegionNote
 from morphc.passes.plan_chunks import PlanChunks
 from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes
@@ -117,8 +127,6 @@ def bisect(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Bisection:
     """Run the pipeline pass by pass; after each one lower and compare, without demoting anything."""
-    from morphc.errors import MorphcError
-
     program = _program(host, example_inputs, example_kwargs, config, None, True, progress)
     lines: list[str] = []
     for step in _steps(passes):
@@ -157,13 +165,15 @@ def _program(
         share=share,
         progress=progress,
     )
-    from morphc.kernels.blueprints import base as blueprints
-
     for name in program.config.blueprints:
         blueprints.get(name)
+    if program.config.backend == "triton":
+        raise ConfigError(
+            'backend="triton" is not in this version; use "torch", or "auto" for the best there is'
+        )
     if plan is not None:
         _check_plan(plan, host, config)
-        program.config = config or Config(**plan.config)  # type: ignore[arg-type]
+        program.config = config or _config_of(plan)
         program.plan = plan
         program.demoted = {note.path: note.reason for note in plan.regions if not note.runs}
     return program
@@ -173,13 +183,14 @@ def _steps(passes: str | Sequence[Pass] | None) -> list[Pass]:
     if passes is None:
         return default_passes()
     steps = parse_passes(passes) if isinstance(passes, str) else list(passes)
-    # Custom passes alone are put where they see captured graphs with their sites in.
-    own = {step.name for step in default_passes()}
-    if not any(step.name in own for step in steps):
-        pipeline = default_passes()
-        at = next(i for i, step in enumerate(pipeline) if isinstance(step, Lower))
-        return [*pipeline[:at], *steps, *pipeline[at:]]
-    return steps
+    if any(isinstance(step, Lower) for step in steps):
+        return steps
+    # Not a whole pipeline: built-in passes take the place of their namesakes, with the options given; others come
+    # before lower, where they see captured graphs with their sites in.
+    given = {step.name: step for step in steps}
+    pipeline = [given.pop(step.name, step) for step in default_passes()]
+    at = next(i for i, step in enumerate(pipeline) if isinstance(step, Lower))
+    return [*pipeline[:at], *given.values(), *pipeline[at:]]
 
 
 def check_host(host: object) -> None:
@@ -241,6 +252,8 @@ def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
 
 def _wants_verify(verify: VerifyWhen, host: nn.Module, program: Program) -> bool:
     if program.args is None:
+        if verify is True:
+            raise ExampleInputError("verify=True needs example_inputs to run host and model on")
         program.verification = ["not verified: no example inputs were given"]
         return False
     if verify != "auto":
@@ -284,17 +297,12 @@ def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
             f"the plan's model_class is {plan.model_class!r}, this model is a {type(host).__qualname__!r}"
         )
     modules = dict(host.named_modules())
+    seen: set[str] = set()
     for site in plan.sites:
-        path = site.path.rpartition(".")[0] if site.parameter else site.path
-        if path not in modules:
-            raise PlanError(f"the plan's site {site.path!r} is not in this model")
-        module = modules[path]
-        for name in ("out_features", "out_channels"):
-            width = getattr(module, name, site.features)
-            if not site.parameter and isinstance(width, int) and width != site.features:
-                raise PlanError(
-                    f"the plan's site {site.path!r} has features={site.features}, this model's {name}={width}"
-                )
+        wrong = f"path={site.path!r} is listed twice" if site.path in seen else _misfit(site, modules)
+        if wrong:
+            raise PlanError(f"the plan's site {site.path!r} does not fit this model: {wrong}")
+        seen.add(site.path)
     if plan.model_digest != model_digest(host):
         raise PlanError(
             "the plan's model_digest differs: the model has other layers or shapes than the plan's"
@@ -309,13 +317,51 @@ def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
                 )
 
 
+def _config_of(plan: Plan) -> Config:
+    try:
+        return msgspec.convert(plan.config, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise PlanError(f"the plan's config is no config of this morphc: {error}") from error
+
+
+def _misfit(site: Site, modules: Mapping[str, nn.Module]) -> str:
+    """Which field of the site can't be of this model, or an empty string."""
+    owner = site.path.rpartition(".")[0] if site.parameter else site.path
+    if owner not in modules:
+        return f"path={site.path!r} names no module of it"
+    if site.parameter is not None:
+        # Not getattr: a parametrized weight would be computed on the host.
+        tables = (modules[owner]._parameters, modules[owner]._buffers)
+        if site.parameter != site.path.rpartition(".")[2] or not any(site.parameter in t for t in tables):
+            return f"parameter={site.parameter!r} is none of {owner!r}"
+    for field, path in (("owner", site.owner), ("region", site.region)):
+        if path is not None and path not in modules:
+            return f"{field}={path!r} names no module of it"
+    if site.block is not None:
+        norms = () if site.block.norm is None else (site.block.norm,)
+        for path in (*site.block.inputs, site.block.output, *norms):
+            if path not in modules and path.rpartition(".")[0] not in modules:
+                return f"block names {path!r}, no layer of it"
+    for name in ("out_features", "out_channels"):
+        width = getattr(modules[owner], name, site.features)
+        if not site.parameter and isinstance(width, int) and width != site.features:
+            return f"features={site.features}, this model's {name}={width}"
+    if not 1 <= site.seeds <= site.features:
+        return f"seeds={site.seeds}, its features allow 1 to {site.features}"
+    if site.slots < 0:
+        return f"slots={site.slots} is negative"
+    if not isinstance(getattr(torch, site.dtype, None), torch.dtype):
+        return f"dtype={site.dtype!r} is no dtype of torch"
+    if site.layer_kind not in KINDS:
+        return f"layer_kind={site.layer_kind!r} is none of {', '.join(KINDS)}"
+    return ""
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
 def _finish(program: Program) -> None:
-    import msgspec
-
     if program.follow is not None:
         return
     regions = tuple(
@@ -332,7 +378,7 @@ def _finish(program: Program) -> None:
     )
     sites = tuple(site for site in program.plan.sites if site.path not in program.unwatched)
     lost = tuple(
-        _lost(site.path, site.layer_class, program.unwatched[site.path], site.source)
+        Miss(site.path, site.layer_class, program.unwatched[site.path], site.source, True, True)
         for site in program.plan.sites
         if site.path in program.unwatched
     )
@@ -343,15 +389,9 @@ def _finish(program: Program) -> None:
         regions=regions,
         model_class=type(program.host).__qualname__,
         model_digest=model_digest(program.host),
-        config=msgspec.to_builtins(program.config),
+        config=msgspec.json.decode(program.config.to_json()),
         morphc_version=__version__,
     )
-
-
-def _lost(path: str, cls: str, reason: str, source: str) -> Any:
-    from morphc.passes.plan import Miss
-
-    return Miss(path, cls, reason, source, True, True)
 
 
 def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> Report:
@@ -366,7 +406,7 @@ def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> 
     return Report(
         plan=program.plan,
         passes=tuple(records),
-        verification=tuple(program.verification),
+        verification=(*program.notes, *program.verification),
         seconds=seconds,
         graphs=readable_graphs(program),
         tree=tree,

@@ -30,7 +30,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed_lr: factor on the learning rate of the user's first parameter group.
     backend: `torch`, `triton` or `auto`.
     max_overhead: bound of a site's predicted cost over its host layer's, for `seeds_per_layer="auto"`.
-    widen_init: in-weights of `widen` at birth: `random`, or `gradient` as GradMax does.
     """
 
     seeds_per_layer: int | dict[str, int] | Literal["auto"] = "auto"
@@ -47,7 +46,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed_lr: float = 1.0
     backend: str = "auto"
     max_overhead: float = 0.02
-    widen_init: Literal["random", "gradient"] = "random"
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -66,7 +64,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if not 0.0 <= value < float("inf"):
                 raise ConfigError(f"{option}={value!r} must be finite and not negative")
         if not 0.0 < self.max_overhead <= 1.0:
-            raise ConfigError(f"max_overhead={self.max_overhead!r} must be above 0 and at most 1 (0.02 is 2 %)")
+            raise ConfigError(
+                f"max_overhead={self.max_overhead!r} must be above 0 and at most 1 (0.02 is 2 %)"
+            )
         for kind in self.kinds:
             if kind not in KINDS:
                 raise UnknownNameError("kind", kind, KINDS)

@@ -38,6 +38,13 @@ _IN_PROJECTION_NOTE = (
 )
 
 
+# Calls that hand a parameter on.
+_VIEWS = frozenset(
+    f"torch.Tensor.{name}"
+    for name in ("t", "transpose", "to", "view", "reshape", "__getitem__", "float", "mT.__get__", "T.__get__")
+)
+
+
 @register_pass
 @dataclass(frozen=True)
 class FindCandidates:
@@ -89,6 +96,7 @@ class _Search:
         whole = {path for path, shape in self.shapes.items() if shape.kind != "attention" or path in owners}
         self.flow = collapse(self.recording.flow, whole, activations, functional)
         self._outputs()
+        self._bypassed()
         chosen = self._filtered()
         sites = tuple(self._site(path) for path in chosen)
         self._account_for_the_rest(set(chosen))
@@ -185,6 +193,33 @@ class _Search:
                 f"used twice, with {known.features} and {call.features} output features; the first is watched"
             )
             self._miss(f"{name} (at {call.source})", call.kind, reason, call.source, True)
+
+    def _bypassed(self) -> None:
+        """Layers that are never called, because somebody else reads their weight: no site of theirs would ever run."""
+        readers = {
+            name: data
+            for _, data in self.recording.flow.nodes(data=True)
+            if data["kind"] == "function" and data["name"] not in _VIEWS
+            for name in data["weights"]
+            if name is not None
+        }
+        for path, shape in list(self.shapes.items()):
+            reader = readers.get(f"{path}.weight".lstrip("."))
+            owner = self.owners.get(path, path)
+            if (
+                reader is None
+                or path in self.calls
+                or owner in self.recording.layers
+                or shape.kind == "embedding"
+            ):
+                continue
+            watched = f"{path}.weight".lstrip(".") in self.calls
+            what = reader["name"].rsplit(".", 1)[-1]
+            reason = f"never called: its weight is read by {what}, " + (
+                "and watched there" if watched else "which hands out no value of this layer alone"
+            )
+            del self.shapes[path]
+            self._miss(path, self._class_of(path), reason, reader["source"], True, not watched)
 
     def _outputs(self) -> None:
         """Drop layers whose recorded output isn't what their type promises; note tuple outputs."""

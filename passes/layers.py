@@ -84,7 +84,11 @@ class Shape:
 def classify(module: nn.Module) -> Shape | None:
     """A layer known by its type, or None."""
     if isinstance(module, nn.Linear):
-        return Shape("linear", module.out_features, -1, quantized=not module.weight.is_floating_point())
+        # Not `module.weight`: of a parametrized layer that is computed, and spectral norm's buffers move with it.
+        own = module._parameters.get("weight")
+        return Shape(
+            "linear", module.out_features, -1, quantized=own is not None and not own.is_floating_point()
+        )
     if isinstance(module, _CONVS):
         return Shape("conv", module.out_channels, -(len(module.kernel_size) + 1))
     if isinstance(module, nn.Bilinear):
@@ -282,7 +286,7 @@ def check_output(shape: Shape, layer: Layer) -> str:
 
 def tap_width(module: nn.Module) -> int:
     """Width of the layer's input: what a `layer` tap reads."""
-    for name in ("in_features", "in_channels", "input_size", "embedding_dim"):
+    for name in ("in_features", "in_channels", "input_size"):
         value: Any = getattr(module, name, None)
         if isinstance(value, int):
             return value

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from morphc.passes.clone import clone_tree
+from morphc.passes.insert_sites import uncovered
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
@@ -48,18 +49,24 @@ class Lower:
         for path, region in program.regions.items():
             changed = region.pristine != graphs_hash(region.graphs)
             attention = path in functional and isinstance(modules[path], nn.MultiheadAttention)
+            left = functional.get(path, [])
+            inside = [] if attention else [s for s in left if s not in uncovered(region, left)]
+            if changed and region.level != "rewritten":
+                note = (
+                    f"the graph of {path!r} was changed by a pass, but is only for reading: its forward runs"
+                )
+                program.notes = [*(n for n in program.notes if n != note), note]
             region.runs = (
-                region.level == "rewritten"
-                and path not in program.demoted
-                and (changed or (path in functional and not attention))
+                region.level == "rewritten" and path not in program.demoted and bool(changed or inside)
             )
             if region.runs:
                 wrapped = RewrittenForward(
                     modules[path], {m: _runnable(g) for m, g in region.graphs.items()}, region.given
                 )
                 modules[path].__dict__["forward"] = wrapped
-            if path in functional and (attention or not region.runs):
-                _watch(modules, path, functional[path])
+                left = [site for site in left if site not in inside]
+            if left:
+                _watch(modules, path, left)
         for path in functional.keys() - program.regions.keys():
             _watch(modules, path, functional[path])
         program.model = model

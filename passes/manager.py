@@ -65,8 +65,18 @@ def register_pass(cls: type[Any]) -> type[Any]:
 def known_passes() -> dict[str, type[Any]]:
     """Built-in passes and those of the entry point `morphc.passes`."""
     for point in entry_points(group="morphc.passes"):
-        if point.name not in _REGISTRY:
-            register_pass(point.load())
+        if point.name in _REGISTRY:
+            continue
+        try:
+            found = point.load()
+        except (
+            Exception
+        ) as error:  # a package's own code runs here; which package is what its user must learn
+            raise ConfigError(
+                f"entry point {point.name!r} of morphc.passes ({point.value}) can't be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        register_pass(found)
     return dict(_REGISTRY)
 
 
@@ -109,7 +119,7 @@ def _make(name: str, options: str) -> Pass:
 
 
 def _convert(name: str, key: str, value: str, kind: Any) -> Any:
-    choices = typing.get_args(kind) or (kind,)
+    choices = _choices(kind)
     if bool in choices and value.lower() in ("true", "false"):
         return value.lower() == "true"
     for choice in (int, float):
@@ -123,8 +133,18 @@ def _convert(name: str, key: str, value: str, kind: Any) -> Any:
     literals = [c for c in choices if isinstance(c, str)]
     if str in choices or value in literals:
         return value
-    wanted = " or ".join(getattr(c, "__name__", repr(c)) for c in choices)
+    wanted = " or ".join("none" if c is type(None) else getattr(c, "__name__", repr(c)) for c in choices)
     raise ConfigError(f"option {key}={value!r} of pass {name!r} is not {wanted}")
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, those of a Literal among them: `int | Literal["auto"]` -> int, "auto"."""
+    members = typing.get_args(kind)
+    if not members:
+        return (kind,)
+    if typing.get_origin(kind) is typing.Literal:
+        return members
+    return tuple(choice for member in members for choice in _choices(member))
 
 
 def run_passes(
@@ -137,6 +157,7 @@ def run_passes(
     """Run `passes` in order. Raises PassError naming the pass, the node, its source line and a dump."""
     records = []
     before = program.text()
+    chosen = _sites(program)
     for number, step in enumerate(passes):
         if program.progress is not None:
             program.progress(step.name, number, len(passes))
@@ -152,6 +173,7 @@ def run_passes(
         seconds = time.perf_counter() - started
         _lint(step, program)
         _check(step, "ensures", program)
+        chosen = _account_for_sites(step, program, chosen)
         after = program.text()
         now = _nodes(program)
         diff = ""
@@ -168,6 +190,21 @@ def run_passes(
             on_print(step.name, after)
         before = after
     return records
+
+
+def _sites(program: Program) -> set[str]:
+    return {site.path for site in program.plan.sites}
+
+
+def _account_for_sites(step: Pass, program: Program, before: set[str]) -> set[str]:
+    """The sites there are now. Raises PassError if one went without a Miss that says why."""
+    now = _sites(program)
+    silent = before - now - {miss.path for miss in program.plan.misses}
+    if silent:
+        raise PassError(
+            f"pass {step.name!r} took the site {min(silent)!r} out of the plan and left no Miss that says why"
+        )
+    return now
 
 
 def _nodes(program: Program) -> set[tuple[str, str]]:

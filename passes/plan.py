@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from morphc.errors import PlanError
 from morphc.kernels.spec import Block, KernelSpec, TuneConfig
 
 SCHEMA_VERSION = 1
@@ -111,3 +112,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> bytes:
         """Canonical JSON: equal plans give equal bytes."""
         return msgspec.json.encode(self, order="sorted")
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Plan:
+        """Inverse of `to_json`. Raises PlanError naming the field that doesn't fit."""
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except msgspec.MsgspecError as error:
+            raise PlanError(f"not a morphc plan: {error}") from error

@@ -48,6 +48,7 @@ class Program:
     flow: Flow | None = None
     plan: Plan = field(default_factory=Plan)
     model: nn.Module | None = None
+    notes: list[str] = field(default_factory=list)
     verification: list[str] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
     unwatched: dict[str, str] = field(default_factory=dict)

@@ -440,14 +440,19 @@ def is_users(file: str) -> bool:
 def _user_frame() -> tuple[str, int]:
     """file and line of the nearest caller outside of torch and of this module."""
     frame = sys._getframe(2)
-    fallback = ("<torch>", 0)
+    fallback = ("", 0)
     while frame is not None:
         file = frame.f_code.co_filename
         if frame.f_code is _attempt.__code__:
             break  # whoever called the compiler is not part of the model
         if is_users(file):
             return file, frame.f_lineno
-        if fallback[1] == 0 and file.startswith(_TORCH_DIR) and "/nn/modules/" in file:
+        if (
+            fallback[1] == 0
+            and file.startswith(_TORCH_DIR)
+            and "/nn/modules/" in file
+            and "container" not in file
+        ):
             fallback = (file, frame.f_lineno)
         if frame.f_back is None:
             break

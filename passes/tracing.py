@@ -1,21 +1,30 @@
 """Plain symbolic tracing of one module's own forward: the only graphs that may run in its place.
 
 A region is *rewritten* when fx traces it without a single value: no shape, no branch on a tensor. Arguments that
-the example left at their defaults are bound to those defaults, and `Guard` remembers it: a call that is made
-differently runs the module's own forward. `self.training` and plain attributes are burnt in, so each region is
+the example left at their defaults are bound to those defaults, and the graph's caller remembers it: a call that is
+made differently runs the module's own forward. `self.training` and plain attributes are burnt in, so each region is
 traced in train and in eval mode, and the two graphs are kept apart when they differ.
+
+What a graph can't say is refused: a forward that keeps something (an attribute, a list, a buffer), draws random
+numbers outside of a traced call, makes a constant tensor, or switches gradients or autocast within.
 """
 
 from __future__ import annotations
 
 import inspect
+import random
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx, nn
 
+from morphc.passes.isolation import is_users_object
+from morphc.passes.program import graph_text
 from morphc.passes.recording import definition, is_leaf, is_users
 
 
@@ -40,16 +49,30 @@ class _RegionTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=False)
         self.record_stack_traces = False
+        self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise _Refused(
+                "part of it runs under no_grad or autocast, which a graph can't say", _nearest_user_line()
+            )
         node = super().create_node(*args, **kwargs)
         source = _nearest_user_line()
         if source:
             node.meta["source"] = source
         return node
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
 
 
 def _nearest_user_line() -> str:
@@ -76,7 +99,8 @@ def trace_region(clone: nn.Module, arguments: Mapping[str, bool]) -> Traced:
     concrete: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            return Traced(None, None, f"its forward takes *{name}", definition(clone))
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+            return Traced(None, None, f"its forward takes {stars}{name}", definition(clone))
         if not arguments.get(name, False):
             if parameter.default is parameter.empty:
                 return Traced(None, None, f"argument {name!r} was None in the example", definition(clone))
@@ -87,6 +111,10 @@ def trace_region(clone: nn.Module, arguments: Mapping[str, bool]) -> Traced:
         for training in (True, False):
             clone.training = training
             graphs.append(_trace(clone, concrete))
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            other = _trace(clone, concrete)
+        if graph_text(other) != graph_text(graphs[-1]):
+            raise _Refused("it asks whether gradients are on", definition(clone))
     except _Refused as refused:
         return Traced(None, None, refused.reason, refused.source)
     finally:
@@ -103,9 +131,20 @@ class _Refused(Exception):
 
 def _trace(module: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     before = dict(vars(module))
+    state, numbers = _state(module), _random_state()
     try:
         graph = _RegionTracer().trace(module, concrete_args=concrete or None)
         graph.lint()
+        kept = _state(module)
+        changed = next((name for name in kept if kept[name] != state.get(name)), "")
+        if changed.startswith("_tensor_constant"):
+            raise _Refused("it makes a tensor that does not depend on its inputs", definition(module))
+        if changed:
+            raise _Refused(f"it keeps something in {changed!r}", definition(module))
+        if numbers != _random_state():
+            raise _Refused("it draws random numbers that no traced call shows", definition(module))
+    except _Refused:
+        raise
     except Exception as error:  # the module's own code runs on proxies here and may raise anything
         text = str(error).strip().split("\n")[0]
         raise _Refused(_plain_words(type(error).__name__, text), _where(error)) from error
@@ -116,6 +155,36 @@ def _trace(module: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
         vars(module).update(before)
     _drop_specialisation(graph, concrete)
     return graph
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    """Marks of everything that a forward may change in its module."""
+    marks: dict[str, object] = {}
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers"):
+            marks.update((key, _mark(tensor)) for key, tensor in value.items())
+        elif name != "_modules" and not name.endswith("_hooks"):
+            marks[name] = _mark(value)
+    return marks
+
+
+def _mark(value: object, depth: int = 0) -> object:
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    inside: list[object] = []
+    if depth < 2:
+        if isinstance(value, dict):
+            inside = list(value.values())
+        elif isinstance(value, list | tuple | set | deque):
+            inside = list(value)
+        elif is_users_object(value):
+            inside = list(vars(value).values())
+    return (id(value), *(_mark(item, depth + 1) for item in inside))
+
+
+def _random_state() -> tuple[object, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, bytes(keys), *rest, bytes(torch.get_rng_state().numpy())
 
 
 def _drop_specialisation(graph: fx.Graph, concrete: dict[str, Any]) -> None:

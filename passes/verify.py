@@ -224,7 +224,8 @@ def _pattern(x: torch.Tensor) -> torch.Tensor:
 
 def _count(run: dict[str, Any]) -> str:
     grads = sum(1 for g in run["grads"].values() if g is not None)
-    return f"{len(run['outputs'])} outputs, {grads} gradients"
+    outputs = len(run["outputs"])
+    return f"{outputs} output{'s' * (outputs != 1)}, {grads} gradient{'s' * (grads != 1)}"
 
 
 def _differ(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def run(path: Path) -> list[str]:
         # Blank lines in front make the traceback's line numbers those of the Markdown file.
         code = "\n" * (block.line - 1) + block.code
         try:
-            exec(compile(code, str(path), "exec"), namespace)
+            exec(compile(code, str(path), "exec", dont_inherit=True), namespace)
         except Exception:
             return [f"{path.relative_to(ROOT)}:{block.line}: this example fails\n{traceback.format_exc()}"]
     return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import msgspec
 import typer
 
 from morphc.config import BACKENDS, BLENDS, KINDS, Config
-from morphc.errors import ConfigError, UnknownNameError
+from morphc.errors import ConfigError
 
 PANEL = "What gets a site, and what a site is"
 
@@ -47,7 +46,6 @@ OPTIONS: Mapping[str, Any] = {
     "max_overhead": _option(
         float | None, "--max-overhead", help="Bound of a site's share of its layer's cost, for --seeds auto."
     ),
-    "widen_init": _option(str | None, "--widen-init", metavar="NAME", help="random or gradient."),
 }
 _PARAMETER = {"seeds_per_layer": "seeds"}
 _SEVERAL = ("blueprint", "kinds", "include", "exclude")
@@ -86,9 +84,6 @@ def make_config(options: Mapping[str, Any], base: Mapping[str, object] | None = 
             given[field] = tuple(part for text in given[field] for part in _parts(field, text))
     if len(given.get("blueprint", ())) == 1:
         given["blueprint"] = given["blueprint"][0]
-    inits = typing.get_args(typing.get_type_hints(Config)["widen_init"])
-    if given.get("widen_init", inits[0]) not in inits:
-        raise UnknownNameError("widen_init", given["widen_init"], inits)
     if not base:
         return Config(**given)
     config = Config.from_json(msgspec.json.encode(dict(base)))

@@ -33,7 +33,7 @@ from morphc.lifecycle import Mode
 from morphc.runtime.bank import FREE, SlotBank
 from morphc.runtime.regions import WatchedForward
 from morphc.runtime.site import SeedSite
-from morphc.runtime.telemetry import _watch
+from morphc.runtime.telemetry import _watch, exporting
 
 PACKED: Final = "in_proj_weight"
 SEPARATE: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -138,7 +138,7 @@ class AttentionForward(WatchedForward):
         if not self.module.training:
             return False
         if torch.compiler.is_compiling():
-            return not torch.compiler.is_exporting()
+            return not exporting()
         if torch._C._current_graph_task_id() != -1:
             return False
         pulses = [site.pulse for site in self.by_name.values() if site.pulse.every]

@@ -19,17 +19,28 @@ if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
 
 
+_SCALARS = (bool, int, float, complex, str, type(None))
+# Attributes of every nn.Module that change without the forward's noticing.
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
 class RewrittenForward:
     """Runs a region's graph: one for train, one for eval.
 
-    The graph was traced with the arguments `given`; a call made in any other way runs the module's own forward,
-    whose functional layers are then not watched.
+    The graph was traced with the arguments `given` and the numbers, flags and strings that the module's attributes
+    then held, `burnt_in`. A call made in any other way, or after one of those was changed, runs the forward that was
+    there before.
     """
 
     def __init__(self, module: nn.Module, graphs: Mapping[str, fx.Graph], given: tuple[str, ...]) -> None:
         self.module = module
         self.given = given
         self.previous = vars(module).get("forward")
+        self.burnt_in = {
+            name: value
+            for name, value in vars(module).items()
+            if type(value) in _SCALARS and name not in _MODULES_OWN
+        }
         self.sources = {}
         for mode, graph in graphs.items():
             code = graph.python_code("self")
@@ -67,6 +78,10 @@ class RewrittenForward:
             args = (*args, *(kwargs[name] for name in names))
         if len(args) != len(self.given) or any(arg is None for arg in args):
             return self._own()(*args, **kwargs)
+        held = vars(self.module)
+        for name, value in self.burnt_in.items():
+            if held.get(name) != value:
+                return self._own()(*args)
         run = self.train if self.module.training else self.eval
         return run(self.module, *args)
 

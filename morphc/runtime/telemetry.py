@@ -88,13 +88,16 @@ def accumulate_gradient(site: SeedSite, y: Tensor, grad: Tensor) -> None:
     _add_gradient(y, grad, state.sums, state.counts, site.offset, site.seeds, site.feature_axis)
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces. `torch.compiler.is_exporting()` itself is traced as true in torch 2.11, export or
+    not; the flag behind it is read as what it is.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def due_in_graph(site: SeedSite, y: Tensor) -> None:
     """The compiled form: one opaque op that counts by itself, so that no Python counter is guarded on."""
-    if (
-        torch.compiler.is_exporting()
-        or not y.is_floating_point()
-        or y.shape[site.feature_axis] != site.features
-    ):
+    if exporting() or not y.is_floating_point() or y.shape[site.feature_axis] != site.features:
         return
     torch.ops.morphc.watch(
         y.detach(),

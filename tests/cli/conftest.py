@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cli_helpers import MLP
 
 from morphc.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
-
-MLP = """
-    import torch
-    from torch import nn
-
-    class MLP(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc1 = nn.Linear(16, 32)
-            self.fc2 = nn.Linear(32, 4)
-
-        def forward(self, x):
-            return self.fc2(torch.relu(self.fc1(x)))
-
-    model = MLP()
-    example_inputs = (torch.randn(3, 16),)
-"""
 
 
 class Ran(NamedTuple):
@@ -68,15 +47,3 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
-
-
-def start_morphc(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """`morphc` as a process of its own, for signals and for looking at what it imports."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "morphc", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MLP, start_morphc
+from cli_helpers import MLP, start_morphc
 
 
 def _one_message(ran, *words):
@@ -208,7 +208,6 @@ class TestOptions:
             ("--blend", "residul", "residual"),
             ("--kinds", "linaer", "linear"),
             ("--backend", "trition", "triton"),
-            ("--widen-init", "randon", "random"),
             ("--passes", "capturo", "capture"),
             ("--print-after", "plan-chunk", "plan-chunks"),
         ],

@@ -6,7 +6,7 @@ import ast
 import json
 
 import pytest
-from conftest import MLP, start_morphc
+from cli_helpers import MLP, start_morphc
 
 from morphc.passes.plan import Plan
 
@@ -86,7 +86,6 @@ class TestCompile:
             ("--seed-lr", "0.1"),
             ("--backend", "torch"),
             ("--max-overhead", "0.5"),
-            ("--widen-init", "gradient"),
         )
         ran = morphc(
             "compile", write(), "--no-verify", "--json", *[word for option in options for word in option]
@@ -97,8 +96,8 @@ class TestCompile:
         assert config["blueprint"] == ["affine", "lowrank", "bottleneck"]
         assert config["telemetry_every"] == 0
         assert config["gradient_telemetry"] is True
-        given = ("slots", "rank", "blend", "near_zero", "seed_lr", "backend", "max_overhead", "widen_init")
-        assert [config[name] for name in given] == [3, 4, "lerp", 0.5, 0.1, "torch", 0.5, "gradient"]
+        given = ("slots", "rank", "blend", "near_zero", "seed_lr", "backend", "max_overhead")
+        assert [config[name] for name in given] == [3, 4, "lerp", 0.5, 0.1, "torch", 0.5]
         assert [site["path"] for site in json.loads(ran.out)["plan"]["sites"]] == ["fc1"]
 
     def test_every_option_of_config_is_on_the_command_line(self):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from site_factory import make_site
 
 from morphc.config import Config
 from morphc.errors import ConfigError
@@ -18,7 +19,6 @@ from morphc.kernels.blueprints import ConvGeometry
 from morphc.passes import chunking
 from morphc.passes.chunking import aligned_counts, bounds, default_slots, plan_chunks, plan_seeds, specs
 from morphc.passes.plan import Block, Site
-from tests.cost.conftest import make_site
 
 MakeSite = Callable[..., Site]
 

@@ -628,3 +628,15 @@ def test_compiled_graphs_hold_active_sites(name):
 def ran_compiled(model, inputs, how):
     fast = torch.compile(model, backend="aot_eager", fullgraph=True)
     return ran(fast, inputs, how)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_exported_graphs_hold_no_telemetry(strict):
+    host, inputs, _ = made("self")
+    model = compiled(host, inputs).train()
+    exported = torch.export.export(model, (inputs[0].detach(),), strict=strict)
+    assert not any(
+        "morphc" in str(node.target) for node in exported.graph.nodes if node.op == "call_function"
+    )
+    assert torch.allclose(exported.module()(inputs[0].detach())[0], host(*inputs)[0], atol=1e-6)
+    assert not morphc.seeds(model).telemetry()["count"].any()

@@ -1,6 +1,6 @@
 """Times the torch backend on this CPU and fits the cost model's constants to it.
 
-Run it as `python -m tests.cost.calibrate` from the repository's root; it prints the fit and what the model
+Run it as `python benchmarks/calibrate_cost.py`; it prints the fit and what the model
 says.
 """
 
