@@ -80,7 +80,8 @@ class RewrittenForward:
             return self._own()(*args, **kwargs)
         held = vars(self.module)
         for name, value in self.burnt_in.items():
-            if held.get(name) != value:
+            now = held.get(name)
+            if type(now) is not type(value) or now != value:
                 return self._own()(*args)
         run = self.train if self.module.training else self.eval
         return run(self.module, *args)
