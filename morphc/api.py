@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from msgspec import structs
 from torch import nn
 
 from morphc.compiler import compile_program
 from morphc.config import Config
+from morphc.errors import ConfigError
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
@@ -76,5 +79,12 @@ def enlarge(model: M, *, slots: int) -> M:
     Shapes of the slot banks change, so do this before an optimizer state or a checkpoint of the model is taken
     that must fit again. What the slots hold is kept. Raises NotMorphedError, ConfigError.
     """
-    store_of(model).enlarge(slots)
+    store = store_of(model)
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise ConfigError(f"slots={slots!r} is not a whole number of at least 1")
+    now = store.enlarge(slots)
+    if store.report is not None:
+        plan: Plan = store.report.plan
+        sites = tuple(structs.replace(site, slots=now[site.path]) for site in plan.sites)
+        store.report = dataclasses.replace(store.report, plan=structs.replace(plan, sites=sites))
     return model

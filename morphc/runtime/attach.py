@@ -218,6 +218,8 @@ class SeedStore:
         self.wrapped: list[SiteForward] = []
         self.holders: list[nn.Module] = []
         self.fast_paths: dict[str, list[nn.Module]] = {}
+        # What compile said of the model; the runtime keeps it and looks at nothing in it.
+        self.report: Any = None
 
     def __len__(self) -> int:
         return sum(site.seeds for site in self.sites.values())
@@ -237,6 +239,24 @@ class SeedStore:
         for site in self.sites.values():
             found = {Lifecycle(state) for state in states[site.offset : site.offset + site.seeds]}
             self.set_mode(site, mode_of(found))
+
+    @torch.no_grad()
+    def enlarge(self, slots: int) -> dict[str, int]:
+        """Grow every site's banks to at least min(slots, seeds) slots; the slots of each site then, by path."""
+        for site in self.sites.values():
+            wanted = min(slots, site.seeds)
+            for _, bank in site.slots.items():
+                before = bank.slots
+                bank.enlarge(wanted)
+            if len(site.slots.items()) == 0 or wanted <= before:
+                continue
+            # A seed's slot number counts through the site's banks, which all have the same number of slots.
+            held = self.state.slot[site.offset : site.offset + site.seeds]
+            held.copy_(torch.where(held < 0, held, held // before * wanted + held % before))
+        return {
+            path: max((bank.slots for _, bank in site.slots.items()), default=0)
+            for path, site in self.sites.items()
+        }
 
     def step_optimizer(self, **options: Any) -> None:
         """One AdamW step of every slot whose seed's state trains; options as for `adamw_rows`."""

@@ -156,6 +156,26 @@ class SlotBank(nn.Module):
             )
         self.zero_grads()
 
+    @torch.no_grad()
+    def enlarge(self, slots: int) -> None:
+        """Grow to `slots` slots; what the slots hold is kept, the new ones are free."""
+        extra = slots - self.slots
+        if extra <= 0:
+            return
+
+        def grown(tensor: Tensor, fill: int = 0) -> Tensor:
+            return torch.cat([tensor, tensor.new_full((extra, *tensor.shape[1:]), fill)])
+
+        grads = {name: None if grad is None else grown(grad) for name, grad in self.grads().items()}
+        for name in self.names:
+            self._parameters[name] = nn.Parameter(grown(self.get_parameter(name)), requires_grad=False)
+        for name, buffer in self.opt._buffers.items():
+            assert buffer is not None
+            self.opt._buffers[name] = grown(buffer)
+        self.owner = grown(self.owner, FREE)
+        self.slots = slots
+        self._bind(grads)
+
     def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
         for name in self.names:
             param = self.get_parameter(name)

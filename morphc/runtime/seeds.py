@@ -140,8 +140,8 @@ class SiteHandle:
             raise SeedError(f"blueprint {blueprint!r} can't be used at {self.site.path!r}: {why}")
         raise SeedError(
             f"blueprint {blueprint!r} has no bank at {self.site.path!r} (there: {here});"
-            f"{did_you_mean(blueprint, self.slots)} Banks are made for Config(blueprint=...); "
-            f"morphc.enlarge(model, blueprint={blueprint!r}) adds one"
+            f"{did_you_mean(blueprint, self.slots)} Banks are made at compile, "
+            f"for Config(blueprint=...): compile again with {blueprint!r} among them"
         )
 
     def _release(self, seed: int) -> None:
