@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
-import msgspec
 import torch
 from msgspec.structs import replace
 from torch import nn
@@ -31,7 +30,7 @@ from morphc.passes.fuse_epilogues import FuseEpilogues
 from morphc.passes.insert_sites import InsertSites
 from morphc.passes.lower import Lower
 from morphc.passes.manager import Pass, PassRecord, parse_passes, run_passes
-from morphc.passes.plan import SCHEMA_VERSION, Miss, Plan, RegionNote
+from morphc.passes.plan import SCHEMA_VERSION, Miss, Plan, RegionNote, Site
 from morphc.passes.plan_chunks import PlanChunks
 from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes

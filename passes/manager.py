@@ -69,9 +69,7 @@ def known_passes() -> dict[str, type[Any]]:
             continue
         try:
             found = point.load()
-        except (
-            Exception
-        ) as error:  # a package's own code runs here; which package is what its user must learn
+        except Exception as error:  # a package's own code runs here, and its user must learn which
             raise ConfigError(
                 f"entry point {point.name!r} of morphc.passes ({point.value}) can't be loaded: "
                 f"{type(error).__name__}: {error}"
