@@ -70,7 +70,17 @@ def is_candidate(module: nn.Module) -> bool:
         return False
     if any(looks_like_a_layer(child) for child in module.modules() if child is not module):
         return False
-    return sum(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None) < 2
+    return matrices(module) < 2
+
+
+def matrices(module: nn.Module) -> int:
+    """How many parameters of its own have two axes or more."""
+    return sum(parameter.ndim > 1 for parameter in module._parameters.values() if parameter is not None)
+
+
+def single_matrix(module: nn.Module) -> bool:
+    """A layer of somebody's own (a router, a `Dense`): a site on it is a site on its one matrix."""
+    return not type(module).__module__.startswith("torch.nn.") and matrices(module) == 1
 
 
 def width(module: nn.Module) -> int:
@@ -196,6 +206,9 @@ def executed(entry: Entry) -> tuple[list[Candidate], list[str]]:
         owners = [host.get_submodule(name.rpartition(".")[0]) for name in by_name[path]]
         linear = next((owner for owner in owners if is_candidate(owner)), None)
         names = set(by_name[path])
+        for owner in owners:
+            if single_matrix(owner):
+                names |= set(modules[id(owner)])
         if linear is not None:
             names |= set(modules[id(linear)])
             path = modules[id(linear)][0]
