@@ -349,7 +349,7 @@ def test_slots_are_taken_and_given_back_and_refusals_change_nothing():
         (lambda h: h.assign([0, 0], L.TRAINING), "twice"),
         (lambda h: h.assign("0", L.TRAINING), "no integer"),
         (lambda h: h.assign(0, 11), "no lifecycle state"),
-        (lambda h: h.assign(0, L.TRAINING, blueprint="bottlenek"), "enlarge"),
+        (lambda h: h.assign(0, L.TRAINING, blueprint="bottlenek"), "has no bank at 'fc2'"),
         (lambda h: h.assign(0, L.GRAFTING, alpha=2.0), "between 0 and 1"),
         (lambda h: h.assign(0, L.TRAINING, blueprint="depthwise"), "no spatial axes"),
     ],
