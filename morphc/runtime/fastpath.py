@@ -3,7 +3,8 @@
 Case 1. `nn.TransformerEncoderLayer` skips its own layers in eval mode unless a forward hook hangs on any of
 them: so a hook that does nothing is hung on it. Case 2. `nn.TransformerEncoder` may hand nested tensors to
 such layers, which only the fast path can read: `use_nested_tensor` is off meanwhile. `nn.MultiheadAttention`
-needs nothing: its fused path still goes through its own forward, where its site is.
+needs nothing: its fused path still goes through its own forward, where its sites are; the torch-function mode
+by which `attention` watches its in-projection makes torch leave that path by itself.
 """
 
 from __future__ import annotations
