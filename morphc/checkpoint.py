@@ -54,10 +54,8 @@ def load(host: M, directory: str | os.PathLike[str]) -> M:
     except (PlanError, ConfigError, PassError, msgspec.ValidationError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     model = compiled.model
-    store = store_of(model)
     _check_keys(model.state_dict(keep_vars=True), tensors, path / WEIGHTS)
     _fill(model, tensors, path)
-    store.refresh_modes()
     return cast(M, model)
 
 

@@ -12,6 +12,7 @@ from morphc import Config, Lifecycle
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 DTYPES = list(BOUNDS)
+ALPHA = 0.29  # 1 - alpha isn't exact in float32
 
 
 def morph(host: nn.Module, *inputs: Any, blend: str = "residual", **options: Any) -> nn.Module:
@@ -31,7 +32,7 @@ def grow(
     path: str,
     seeds: list[int],
     blueprint: str,
-    alpha: float = 0.3,
+    alpha: float = ALPHA,
     state: Lifecycle = Lifecycle.FINE_TUNING,
 ) -> None:
     """Put seeds into the blend with random slot parameters."""

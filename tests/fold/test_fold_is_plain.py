@@ -14,6 +14,7 @@ import pytest
 import torch
 from growth import check, distance, grow, morph
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 import morphc
 from morphc.errors import FoldError
@@ -33,7 +34,8 @@ with open(sys.argv[1], "rb") as file:
 assert torch.equal(model(x), expected), (model(x) - expected).abs().max()
 seen = []
 for module in model.modules():
-    module.register_forward_hook(lambda *args: seen.append(1))
+    for _ in range(50):
+        module.register_forward_hook(lambda *args: seen.append(1))
 assert torch.equal(model(x), expected), "a new hook took the place of a grown module"
 assert seen
 try:
@@ -58,8 +60,10 @@ def grown_model() -> tuple[nn.Module, nn.Module, torch.Tensor]:
     return host, model, x
 
 
-def test_pickles_into_a_process_without_morphc(tmp_path: Path) -> None:
+def test_pickles_into_a_process_without_morphc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, model, x = grown_model()
+    # A number that a hook on the same layer would get in the new process, were it not told which are taken.
+    monkeypatch.setattr(RemovableHandle, "next_id", 50)
     folded = check(model, host, x)
     data = pickle.dumps((folded, x, folded(x).detach()))
     assert b"morphc" not in data

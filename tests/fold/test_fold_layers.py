@@ -76,6 +76,18 @@ def test_rows_of_other_seeds_keep_their_bits() -> None:
     assert changed == list(range(6, 12))  # 22 features in 4 chunks: 6, 6, 5, 5
 
 
+def test_merged_parameters_keep_their_flags_and_tags() -> None:
+    host, x = mlp(), torch.randn(5, 12, dtype=torch.float64)
+    host[0].weight.tag = "sharded"
+    host[0].weight.requires_grad_(False)
+    model = morph(host, x)
+    grow(model, "0", [1], "lowrank")
+    weight = check(model, host, x)[0].weight
+    assert weight is not host[0].weight
+    assert weight.tag == "sharded"
+    assert not weight.requires_grad
+
+
 def test_bias_is_only_added_where_a_shift_needs_it() -> None:
     host, x = mlp(), torch.randn(5, 12, dtype=torch.float64)
     model = morph(host, x)
