@@ -162,6 +162,10 @@ def check_compiled(
                     failures.expect("why-not", [f"{path}: no site and no reason" for path in silent])
                 with failures.of("extras"):
                     extras.check_compiled(entry, model, failures.of)
+    if "candidates" not in result:
+        result["candidates"] = [
+            compiler.no_site(candidate, "the host did not compile") for candidate in candidates
+        ]
     with failures.of("telemetry in each forward"):
         silent = check_live(entry, candidates, seeds, expected, failures)
         for row in result.get("candidates", []):

@@ -53,6 +53,18 @@ def covers(site_path: str, candidate: Candidate) -> bool:
     return False
 
 
+def no_site(candidate: Candidate, reason: str) -> dict[str, Any]:
+    """The row of a candidate without a site."""
+    return {
+        "path": candidate.path,
+        "kind": candidate.kind,
+        "counted": candidate.counted,
+        "site": False,
+        "level": None,
+        "reason": reason,
+    }
+
+
 def account(model: nn.Module, candidates: list[Candidate]) -> dict[str, Any]:
     """Which candidates got a site, the reason for each that did not, and the capture levels."""
     plan = load().report(model).plan
@@ -60,16 +72,8 @@ def account(model: nn.Module, candidates: list[Candidate]) -> dict[str, Any]:
     for candidate in candidates:
         site = next((site for site in plan.sites if covers(site.path, candidate)), None)
         reasons = [miss.reason for miss in plan.misses if covers(miss.path, candidate) and miss.reason]
-        rows.append(
-            {
-                "path": candidate.path,
-                "kind": candidate.kind,
-                "counted": candidate.counted,
-                "site": site is not None,
-                "level": site.captured_as if site is not None else None,
-                "reason": "" if site is not None else (reasons or ["no reason given"])[0],
-            }
-        )
+        row = no_site(candidate, (reasons or ["no reason given"])[0])
+        rows.append(row if site is None else {**row, "site": True, "level": site.captured_as, "reason": ""})
     return {
         "candidates": rows,
         "sites": len(plan.sites),

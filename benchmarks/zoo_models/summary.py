@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from collections import Counter
 from importlib import metadata
@@ -98,7 +99,7 @@ def merged(failures: list[dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
     """Failures that say the same, once, with the checks they came from."""
     groups: dict[str, list[dict[str, str]]] = {}
     for failure in failures:
-        groups.setdefault(failure["message"], []).append(failure)
+        groups.setdefault(re.sub(r"/tmp/\S+", "", failure["message"]), []).append(failure)
     return [("; ".join(failure["check"] for failure in group), group[0]) for group in groups.values()]
 
 
