@@ -28,6 +28,8 @@ from morphc.runtime.attention import AttentionForward
 from morphc.runtime.regions import RewrittenForward, WatchedForward
 from morphc.runtime.site import SeedSite
 
+_WRAPPERS = (SiteForward, RewrittenForward, WatchedForward)
+
 
 @register_pass
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ class Lower:
         sites = [site for site in program.plan.sites if site.path not in program.unwatched]
         modules = dict(model.named_modules(remove_duplicate=False))
         attach(model, [_request(site, modules) for site in sites], program.config)
-        rebind_forwards(model)
         functional: dict[str, list[Site]] = {}
         for site in sites:
             if site.parameter:
@@ -69,6 +70,7 @@ class Lower:
                 _watch(modules, path, left)
         for path in functional.keys() - program.regions.keys():
             _watch(modules, path, functional[path])
+        rebind_forwards(model)
         program.model = model
 
     def requires(self, program: Program) -> str:
@@ -123,13 +125,13 @@ def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
 
 
 def rebind_forwards(model: nn.Module) -> None:
-    """Let bound methods `layer.forward` that a model keeps in its attributes go through the layer's site."""
+    """Let bound methods `layer.forward` that a model keeps in its attributes go through the wrapped one."""
 
     def rebound(value: Any) -> Any:
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             wrapper = vars(value.__self__).get("forward")
             own = type(value.__self__).forward
-            return wrapper if isinstance(wrapper, SiteForward) and value.__func__ is own else value
+            return wrapper if isinstance(wrapper, _WRAPPERS) and value.__func__ is own else value
         if type(value) is list:
             value[:] = [rebound(item) for item in value]
         elif type(value) is dict:
