@@ -142,6 +142,15 @@ def test_other_roots(host: Callable[[], nn.Module], shape: tuple[int, ...], tmp_
     assert torch.equal(model.eval()(x), loaded.eval()(x))
 
 
+def test_an_enlarged_model_keeps_its_slots(tmp_path: Path) -> None:
+    host, x = nn.Sequential(nn.Linear(12, 22), nn.ReLU()), torch.randn(3, 12)
+    model = morphc.compile(host, (x,), config=Config(seeds_per_layer=11, slots=2), verify=False)
+    morphc.enlarge(model, slots=5)
+    morphc.seeds(model)["0"].assign([0, 4, 8, 9], Lifecycle.FOSSILIZED)
+    morphc.save(model, tmp_path / "c")
+    assert_same(model, morphc.load(nn.Sequential(nn.Linear(12, 22), nn.ReLU()), tmp_path / "c"))
+
+
 def test_host_on_meta_gets_its_values_from_the_checkpoint(saved: Path) -> None:
     with torch.device("meta"):
         host = Host()
