@@ -36,6 +36,8 @@ class RewrittenForward:
         self.module = module
         self.given = given
         self.previous = vars(module).get("forward")
+        # An argument that the example left out may stand before one that it gave: positions end there.
+        self.by_position = _leading(given, inspect.signature(self._own()))
         self.burnt_in = {
             name: value
             for name, value in vars(module).items()
@@ -71,6 +73,8 @@ class RewrittenForward:
         return own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > self.by_position:
+            return self._own()(*args, **kwargs)
         if kwargs:
             names = self.given[len(args) :]
             if len(names) != len(kwargs) or any(name not in kwargs for name in names):
@@ -85,6 +89,13 @@ class RewrittenForward:
                 return self._own()(*args)
         run = self.train if self.module.training else self.eval
         return run(self.module, *args)
+
+
+def _leading(given: tuple[str, ...], signature: inspect.Signature) -> int:
+    """How many of `given` are the signature's first positional parameters."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
+    return next((i for i, name in enumerate(given) if names[i : i + 1] != [name]), len(given))
 
 
 class WatchedForward:

@@ -142,6 +142,7 @@ class TestCompile:
         assert [p.grad is None for p in host.parameters()] == [False, True, True, True]
         assert [p.requires_grad for p in host.parameters()] == [True, True, True, False]
 
+    @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
     def test_the_users_hooks_are_not_called(self, verify):
         host = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         calls: list[str] = []
@@ -249,10 +250,15 @@ class TestPrivateCopy:
 def test_isolated_puts_everything_back_when_the_run_raises():
     host = Remembers().train()
     before, states = host.held(), global_states()
-    with pytest.raises(ZeroDivisionError), isolated(host, training=False):
-        host(rows())
-        assert not host.training
-        raise ZeroDivisionError
+
+    def run() -> None:
+        with isolated(host, training=False):
+            host(rows())
+            assert not host.training
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
     assert (host.held(), global_states(), host.training) == (before, states, True)
 
 
