@@ -183,8 +183,9 @@ def _mark(value: object, depth: int = 0) -> object:
 
 
 def _random_state() -> tuple[object, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), kind, bytes(keys), *rest, bytes(torch.get_rng_state().numpy())
+    state = np.random.get_state(legacy=False)
+    generator = (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"], state["gauss"])
+    return random.getstate(), generator, torch.get_rng_state().numpy().tobytes()
 
 
 def _drop_specialisation(graph: fx.Graph, concrete: dict[str, Any]) -> None:
