@@ -83,6 +83,8 @@ class Shape:
 
 def classify(module: nn.Module) -> Shape | None:
     """A layer known by its type, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     if isinstance(module, nn.Linear):
         # Not `module.weight`: of a parametrized layer that is computed, and spectral norm's buffers move with it.
         own = module._parameters.get("weight")
@@ -107,6 +109,8 @@ def classify(module: nn.Module) -> Shape | None:
         return Shape("rnn", width, -1, 0)
     if isinstance(module, _CELLS):
         return Shape("rnn", module.hidden_size, -1, 0 if isinstance(module, nn.LSTMCell) else None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     return _quantized(module) or _norm_by_name(module)
 
 
