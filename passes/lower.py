@@ -48,7 +48,7 @@ class Lower:
             if site.parameter:
                 functional.setdefault(_region_of(site), []).append(site)
         for path, region in program.regions.items():
-            changed = region.pristine != graphs_hash(region.graphs)
+            changed = bool(region.graphs) and region.pristine != graphs_hash(region.graphs)
             attention = path in functional and isinstance(modules[path], nn.MultiheadAttention)
             left = functional.get(path, [])
             inside = [] if attention else [s for s in left if s not in uncovered(region, left)]

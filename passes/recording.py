@@ -20,6 +20,7 @@ import operator
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -358,9 +359,9 @@ class _Recorder(TorchFunctionMode):
             return type(value)(self._argument(frame, item) for item in value)
         if type(value) is dict:
             return {str(key): self._argument(frame, item) for key, item in value.items()}
-        return (
-            tree_map(one, value) if not _is_foreign(value) else [one(leaf) for leaf in tensor_leaves(value)]
-        )
+        # Named tuples, packed sequences and dataclasses can't all be made of nodes: their leaves stand for them.
+        leaves = tensor_leaves(value)
+        return one(value) if len(leaves) == 1 and leaves[0] is value else [one(leaf) for leaf in leaves]
 
     def _node(self, frame: _Frame, tensor: torch.Tensor) -> fx.Node:
         known = frame.node_of.get(id(tensor))
@@ -589,6 +590,25 @@ def _quiet_log(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
+@contextmanager
+def _no_torchscript() -> Iterator[None]:
+    """TorchScript's fused CUDA kernels take the address of a fake tensor for one on the device, and the device is
+    lost to the process: so with fake CUDA tensors a scripted call is an error, and the real run follows."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("TorchScript can't run on fake tensors of a CUDA device")
+
+    classes = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+    before = [cls.__call__ for cls in classes]
+    try:
+        for cls in classes:
+            cls.__call__ = refuse  # type: ignore[method-assign]
+        yield
+    finally:
+        for cls, call in zip(classes, before, strict=True):
+            cls.__call__ = call  # type: ignore[method-assign,assignment]
+
+
 def _on_meta(host: nn.Module) -> bool:
     return any(p.device.type == "meta" for p in host.parameters())
 
@@ -606,8 +626,12 @@ def _attempt(
     with ExitStack() as stack:
         stack.enter_context(quiet_state(clone, training=False))
         stack.enter_context(torch.no_grad())
+        # What the model warns of in this run is no news to whoever runs it.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         if fake:
             stack.enter_context(_quiet_log("torch._subclasses.fake_tensor"))
+            if cuda_devices(host):
+                stack.enter_context(_no_torchscript())
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
             own: Callable[[torch.Tensor], torch.Tensor] = mode.from_tensor

@@ -31,6 +31,7 @@ from morphc.passes.program import Program
 from morphc.passes.recording import cuda_devices, describe_error, is_library_hook, tensor_leaves
 from morphc.runtime.attach import store_of
 
+_REPEATS = 8
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -121,9 +122,10 @@ class _Runner:
         self.host, self.model = program.host, program.model
         self.example = (program.args, program.kwargs)
         self.notes: list[str] = []
-        self.failed_on: tuple[Any, bool, bool] | None = None
+        self.failed_on: tuple[Any, bool] | None = None
         self.keep_hooks = False
         self.input_gradients = True
+        self.by_backward = False
 
     def first_difference(self) -> str:
         """Where host and model differ first, in words; empty when nowhere."""
@@ -145,8 +147,9 @@ class _Runner:
 
     def _compare(self, inputs: Any, training: bool, name: str) -> str:
         expected, error = self._attempt(self.host, inputs, training)
-        # A host may refuse inputs that ask for gradients, and may need its own hooks to run at all.
-        for attribute, value in (("input_gradients", False), ("keep_hooks", True)):
+        # A host may refuse inputs that ask for gradients or `autograd.grad` (reentrant checkpoints do), and may need
+        # its own hooks to run at all.
+        for attribute, value in (("input_gradients", False), ("by_backward", True), ("keep_hooks", True)):
             if error and getattr(self, attribute) is not value:
                 setattr(self, attribute, value)
                 expected, error = self._attempt(self.host, inputs, training)
@@ -160,17 +163,18 @@ class _Runner:
             return f"{name}: only the {'host' if error else 'compiled model'} fails ({error or other})"
         found = _differ(expected, got)
         if found:
-            self.failed_on = (inputs, training, False)
+            self.failed_on = (inputs, training)
             return f"{name}: {found}"
         self.notes.append(f"{name}: equal bit for bit ({_count(expected)})")
         return ""
 
     def host_differs_from_itself(self) -> bool:
+        """Whether the host is nondeterministic there: atomic sums on a GPU differ in one run out of several."""
         if self.failed_on is None:
             return False
-        inputs, training, _ = self.failed_on
+        inputs, training = self.failed_on
         first, _ = self._attempt(self.host, inputs, training)
-        return any(_differ(first, self._attempt(self.host, inputs, training)[0]) for _ in range(2))
+        return any(_differ(first, self._attempt(self.host, inputs, training)[0]) for _ in range(_REPEATS))
 
     def _attempt(self, module: nn.Module, inputs: Any, training: bool) -> tuple[dict[str, Any], str]:
         try:
@@ -202,7 +206,7 @@ class _Runner:
                 targets = [*watched.values(), *leaves]
                 weights = [_pattern(x) for x in seeds]
                 grads = (
-                    list(torch.autograd.grad(seeds, targets, weights, allow_unused=True)) if targets else []
+                    _backward(seeds, targets, weights) if self.by_backward else _grad(seeds, targets, weights)
                 )
             names = [*watched, *(f"input {i}" for i in range(len(leaves)))]
             return {
@@ -214,6 +218,31 @@ class _Runner:
                     if ".morphc." not in f".{name}"
                 },
             }
+
+
+def _grad(
+    seeds: list[torch.Tensor], targets: list[torch.Tensor], weights: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    return list(torch.autograd.grad(seeds, targets, weights, allow_unused=True)) if targets else []
+
+
+def _backward(
+    seeds: list[torch.Tensor], targets: list[torch.Tensor], weights: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """The same by `backward`, with `.grad` put back. Refuses where a hook of the user's would act on it."""
+    if any(getattr(target, "_post_accumulate_grad_hooks", None) for target in targets):
+        raise RuntimeError(
+            "a parameter has a post-accumulate-grad hook, which a backward of the compiler's would call"
+        )
+    before = [target.grad for target in targets]
+    try:
+        for target in targets:
+            target.grad = None
+        torch.autograd.backward(seeds, weights)
+        return [target.grad for target in targets]
+    finally:
+        for target, grad in zip(targets, before, strict=True):
+            target.grad = grad
 
 
 def _pattern(x: torch.Tensor) -> torch.Tensor:
