@@ -598,15 +598,15 @@ def _no_torchscript() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("TorchScript can't run on fake tensors of a CUDA device")
 
-    classes = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+    classes: tuple[Any, ...] = (torch._C.ScriptFunction, torch._C.ScriptMethod)
     before = [cls.__call__ for cls in classes]
     try:
         for cls in classes:
-            cls.__call__ = refuse  # type: ignore[method-assign]
+            cls.__call__ = refuse
         yield
     finally:
         for cls, call in zip(classes, before, strict=True):
-            cls.__call__ = call  # type: ignore[method-assign,assignment]
+            cls.__call__ = call
 
 
 def _on_meta(host: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -178,7 +179,8 @@ class _Runner:
 
     def _attempt(self, module: nn.Module, inputs: Any, training: bool) -> tuple[dict[str, Any], str]:
         try:
-            return self._run(module, inputs, training), ""
+            with warnings.catch_warnings(action="ignore"):
+                return self._run(module, inputs, training), ""
         except Exception as error:  # the host's own code may raise anything; the caller compares who raised
             return {}, describe_error(error)[0]
 
