@@ -61,6 +61,9 @@ class Lower:
                 region.level == "rewritten" and path not in program.demoted and bool(changed or inside)
             )
             if region.runs:
+                if inside:
+                    # What runs where the graph does not fit the call; its functional layers keep their sites.
+                    _watch(modules, path, inside)
                 wrapped = RewrittenForward(
                     modules[path], {m: _runnable(g) for m, g in region.graphs.items()}, region.given
                 )

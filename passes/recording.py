@@ -1,7 +1,7 @@
 """One run of the model, watched: every torch call and every module call, as a graph per region and one flow.
 
-The run happens on a throwaway clone, under FakeTensorMode where it can (no memory, no arithmetic), on real
-tensors where values decide the control flow. A TorchFunctionMode sees each torch call with the values that it
+The run happens on a throwaway clone: on real tensors where the model is small or values decide its control flow,
+else under FakeTensorMode (no memory, no arithmetic). A TorchFunctionMode sees each torch call with the values that it
 got, so `b, s, d = x.shape` and `if mask is not None` need no support: by then they are plain Python. What is
 recorded has shapes and branches burnt in and is for reading, never for running.
 
@@ -29,7 +29,6 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,6 +40,7 @@ _VALUE_READS = frozenset(
     f"torch.Tensor.{name}"
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__")
 )
+_SMALL_BYTES = 64 << 20
 _LIBRARIES = {"torch", "transformers", "accelerate", "peft", "diffusers", "lightning"}
 _TORCH_DIR = torch.__path__[0]
 # This package's own frames: `morphc/passes` is reached under that name, whatever the checkout looks like.
@@ -568,6 +568,9 @@ def record(
     host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, allow_real: bool = True
 ) -> Recording:
     """Run `host` once on the example, watched. Nothing of the host changes; a failure is part of the answer."""
+    if allow_real and _is_small(host, args, kwargs):
+        found = _attempt(host, args, kwargs, fake=False, hooks=False)
+        return _attempt(host, args, kwargs, fake=False, hooks=True) if found.error else found
     first = _attempt(host, args, kwargs, fake=True, hooks=False)
     if not first.error or not allow_real or _on_meta(host):
         return first
@@ -576,6 +579,15 @@ def record(
         second = _attempt(host, args, kwargs, fake=False, hooks=True)
     second.fallback_reason = first.error
     return second
+
+
+def _is_small(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a real run costs less than fake tensors, whose first use in a process imports for over a second."""
+    leaves = [x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    held = [*host.parameters(), *host.buffers(), *leaves]
+    if any(tensor.device.type == "meta" for tensor in held):
+        return False
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) <= _SMALL_BYTES
 
 
 @contextmanager
@@ -632,6 +644,8 @@ def _attempt(
             stack.enter_context(_quiet_log("torch._subclasses.fake_tensor"))
             if cuda_devices(host):
                 stack.enter_context(_no_torchscript())
+            from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch._dynamo: over a second
+
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(mode)
             own: Callable[[torch.Tensor], torch.Tensor] = mode.from_tensor

@@ -2,7 +2,7 @@
 
 1. A placeholder has them from the recorded run.
 2. A child module has those of its recorded output; it is not run again.
-3. A torch call is run on fake tensors.
+3. A torch call is run on meta tensors.
 
 Recorded graphs have theirs already. A node whose value can't be had (a child that the example never reached)
 stays without, and so does what follows from it.
@@ -10,12 +10,12 @@ stays without, and so does what follows from it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
@@ -33,11 +33,11 @@ class PropagateShapes:
         if program.recording is None:
             return
         modules = dict(program.host.named_modules())
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             for path, region in program.regions.items():
                 if region.level == "rewritten":
                     for graph in region.graphs.values():
-                        _Shapes(modules[path], path, program.recording, fake).run(graph)
+                        _Shapes(modules[path], path, program.recording).run(graph)
 
 
 class _Unknown(Exception):
@@ -45,15 +45,15 @@ class _Unknown(Exception):
 
 
 class _Shapes:
-    def __init__(self, module: nn.Module, path: str, recording: Recording, fake: FakeTensorMode) -> None:
-        self.module, self.path, self.layers, self.fake = module, path, recording.layers, fake
+    def __init__(self, module: nn.Module, path: str, recording: Recording) -> None:
+        self.module, self.path, self.layers = module, path, recording.layers
         self.values: dict[fx.Node, Any] = {}
 
     def run(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             try:
                 value = self._value(node)
-            except Exception:  # an op that fake tensors refuse leaves the shapes after it unknown, no more
+            except Exception:  # an op that meta tensors refuse leaves the shapes after it unknown, no more
                 continue
             self.values[node] = value
             if isinstance(value, torch.Tensor):
@@ -66,7 +66,7 @@ class _Shapes:
             found: Any = self.module
             for part in str(node.target).split("."):
                 found = getattr(found, part)
-            return found
+            return torch.empty_like(found, device="meta") if isinstance(found, torch.Tensor) else found
         if node.op == "call_module":
             layer: Layer | None = self.layers.get(f"{self.path}.{node.target}".lstrip("."))
             if layer is None or layer.output_kind == "tuple":
@@ -89,5 +89,4 @@ class _Shapes:
     def _empty(self, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> torch.Tensor:
         if shape is None or dtype is None:
             raise _Unknown
-        with self.fake:
-            return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
