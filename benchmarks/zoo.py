@@ -192,21 +192,22 @@ def main() -> int:
             entry = zoo_models.ENTRIES[name]
             print(f"{name:28} {entry.family:20} {entry.note}")
         return 0
+    morphc_version = "-"
     if not args.plain:
         try:
-            compiler.load()
+            morphc_version = compiler.load().__version__
         except (ImportError, AttributeError) as error:
             print(f"morphc can't be imported: {error}; --plain checks the hosts alone", file=sys.stderr)
             return 2
     families = {entry.name: entry.family for entry in zoo_models.ENTRIES.values()}
     results, warm_up = run_all(names, families, args)
-    document = summary.document(results, warm_up, args.plain)
+    document = summary.document(results, warm_up, args.plain, morphc_version)
     print(summary.table(document))
     full = not (args.only or args.family or args.plain)
     target = args.json or (RESULTS if full else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=1) + "\n")
+        target.write_text(summary.as_json(document))
         print(f"written to {target}", file=sys.stderr)
     if args.failures is not None:
         args.failures.write_text(summary.markdown(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -30,7 +31,9 @@ def numbers(results: list[dict[str, Any]], key: str) -> dict[str, float]:
     return {"median": round(statistics.median(values), 4), "max": max(values), "max_host": worst["name"]}
 
 
-def document(results: list[dict[str, Any]], warm_up: float, plain: bool) -> dict[str, Any]:
+def document(
+    results: list[dict[str, Any]], warm_up: float, plain: bool, morphc_version: str
+) -> dict[str, Any]:
     """Everything: environment, summary, one record a host."""
     rows = [(result["name"], row) for result in results for row in result.get("candidates", [])]
     counted = [(name, row) for name, row in rows if row["counted"]]
@@ -67,7 +70,8 @@ def document(results: list[dict[str, Any]], warm_up: float, plain: bool) -> dict
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": 1,
-        **{package: version(package) for package in ("torch", "transformers", "peft", "morphc")},
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "morphc": morphc_version,
         "warm_up_s": warm_up,
     }
     kind = "plain hosts against themselves" if plain else "compiled against plain"
@@ -78,6 +82,33 @@ def document(results: list[dict[str, Any]], warm_up: float, plain: bool) -> dict
         "summary": summary,
         "hosts": results,
     }
+
+
+def portable(message: str) -> str:
+    """Without the folders of this machine."""
+    return re.sub(r"(/[\w.-]+)+/(?=[\w.-]+)", "", message)
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """The document with one line a host; of its layers the number, and those without a site."""
+    lines = []
+    for result in document["hosts"]:
+        rows = result.get("candidates", [])
+        counted = [row for row in rows if row["counted"]]
+        short = {
+            "executed": len(counted),
+            "with_site": sum(row["site"] for row in counted),
+            "counted_apart": len(rows) - len(counted),
+            "misses": [row for row in counted if not row["site"]],
+        }
+        kept = {key: value for key, value in result.items() if key not in ("candidates", "region_reasons")}
+        kept["failures"] = [
+            {"check": checks, "message": portable(failure["message"])}
+            for checks, failure in merged(result["failures"])
+        ]
+        lines.append(json.dumps({**kept, "layers": short} if rows else kept))
+    head = json.dumps({key: value for key, value in document.items() if key != "hosts"}, indent=1)
+    return head.removesuffix("\n}") + ',\n "hosts": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def table(document: dict[str, Any]) -> str:
