@@ -18,7 +18,7 @@ from morphc.config import Config
 from morphc.errors import CheckpointError, ConfigError, PassError, PlanError
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
-from morphc.runtime.attach import CHILD, SeedStore, store_of
+from morphc.runtime.attach import CHILD, SeedStore, root_of, store_of
 from morphc.version import __version__
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,7 +33,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     store = store_of(model)
     plan = _plan(store)
-    tensors, tied = storable(store.root.state_dict())
+    tensors, tied = storable(root_of(model).state_dict())
     write(Path(directory), tensors, tied, plan)
 
 

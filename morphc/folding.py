@@ -31,7 +31,7 @@ from morphc.kernels.reference.chunks import bounds
 from morphc.lifecycle import TABLE, Lifecycle
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Block
-from morphc.runtime.attach import SeedStore, SiteRequest, store_of
+from morphc.runtime.attach import SeedStore, SiteRequest, root_of, store_of
 from morphc.runtime.plain import plain_attributes
 from morphc.runtime.site import SeedSite
 
@@ -82,27 +82,27 @@ def fold(model: M) -> M:
 
     Raises NotMorphedError, and FoldError naming site, seeds and reason.
     """
-    store = store_of(model)
-    plain: Any = _plain(store)
-    steps = _steps(store, plain)
+    store, root = store_of(model), root_of(model)
+    plain: Any = _plain(root)
+    steps = _steps(store, root, plain)
     for step in steps:
         if step.how != "small module":
             _merge(step, plain)
     for step in steps:
         if step.how == "wider layers":
             _widen(step, plain)
-    _install_modules([step for step in steps if step.how == "small module"], store, plain)
+    _install_modules([step for step in steps if step.how == "small module"], root, plain)
     return plain  # type: ignore[no-any-return]
 
 
 def fold_account(model: nn.Module) -> tuple[str, ...]:
     """What `fold` would do with each bank of blending slots, a line each. Raises as `fold` does."""
-    store = store_of(model)
-    return tuple(step.line for step in _steps(store, _plain(store)))
+    store, root = store_of(model), root_of(model)
+    return tuple(step.line for step in _steps(store, root, _plain(root)))
 
 
-def _plain(store: SeedStore) -> nn.Module:
-    plain = clone_tree(store.root, attributes=plain_attributes)
+def _plain(root: nn.Module) -> nn.Module:
+    plain = clone_tree(root, attributes=plain_attributes)
     for name in [name for name in vars(plain) if name.startswith("_morphc")]:
         del vars(plain)[name]
     return plain
@@ -111,8 +111,8 @@ def _plain(store: SeedStore) -> nn.Module:
 # -- deciding ------------------------------------------------------------------------------------------------
 
 
-def _steps(store: SeedStore, plain: nn.Module) -> list[Step]:
-    names = {id(module): name for name, module in store.root.named_modules()}
+def _steps(store: SeedStore, root: nn.Module, plain: nn.Module) -> list[Step]:
+    names = {id(module): name for name, module in root.named_modules()}
     holders = _holders(plain)
     steps = []
     for path, site in store.sites.items():
@@ -353,8 +353,8 @@ def _columns(grown: Grown) -> Tensor:
     return columns
 
 
-def _install_modules(steps: list[Step], store: SeedStore, plain: nn.Module) -> None:
-    names = {id(module): name for name, module in store.root.named_modules()}
+def _install_modules(steps: list[Step], root: nn.Module, plain: nn.Module) -> None:
+    names = {id(module): name for name, module in root.named_modules()}
     by_site: dict[str, list[Step]] = {}
     for step in steps:
         by_site.setdefault(step.grown.path, []).append(step)

@@ -20,7 +20,9 @@ from morphc.passes.clone import clone_tree
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Plan
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
-from morphc.passes.recording import Region, is_leaf, own_state, quiet_state, record
+from morphc.passes.quiet import own_state, quiet_state
+from morphc.passes.recorder import Region, is_leaf
+from morphc.passes.recording import record
 from morphc.passes.tracing import trace_region
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from morphc.passes.program import CapturedRegion, Program
-from morphc.passes.recording import source_text
+from morphc.passes.sources import source_text
 
 _WIDTH = 60
 _OPERATORS = {

@@ -28,7 +28,8 @@ from morphc.passes.layers import Shape, WeightedCall
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Level, Miss, Site
 from morphc.passes.program import Program
-from morphc.passes.recording import Layer, Recording
+from morphc.passes.recorder import Layer
+from morphc.passes.recording import Recording
 from morphc.passes.updates import with_plan
 from morphc.runtime.attention import PACKED
 

@@ -17,7 +17,7 @@ from morphc.passes.layers import WEIGHTED_CALLS
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
-from morphc.passes.recording import function_name
+from morphc.passes.recorder import function_name
 
 
 @register_pass

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from morphc.passes.recording import Layer, Recording, Region
+from morphc.passes.recorder import Layer, Region
+from morphc.passes.recording import Recording
 from morphc.runtime.attention import PACKED, SEPARATE
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -19,7 +19,8 @@ from torch import fx, nn
 
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.recording import Layer, Recording
+from morphc.passes.recorder import Layer
+from morphc.passes.recording import Recording
 
 
 @register_pass

@@ -25,7 +25,8 @@ from torch import fx, nn
 
 from morphc.passes.isolation import is_users_object
 from morphc.passes.program import graph_text
-from morphc.passes.recording import definition, is_leaf, is_users
+from morphc.passes.recorder import is_leaf
+from morphc.passes.sources import boundary, definition, is_users, user_frame
 
 
 @dataclass
@@ -57,12 +58,13 @@ class _RegionTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
             raise _Refused(
-                "part of it runs under no_grad or autocast, which a graph can't say", _nearest_user_line()
+                "part of it runs under no_grad or autocast, which a graph can't say",
+                "{}:{}".format(*user_frame()),
             )
         node = super().create_node(*args, **kwargs)
-        source = _nearest_user_line()
-        if source:
-            node.meta["source"] = source
+        file, line = user_frame()
+        if file:
+            node.meta["source"] = f"{file}:{line}"
         return node
 
 
@@ -73,16 +75,6 @@ def _modes() -> tuple[bool, ...]:
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
     )
-
-
-def _nearest_user_line() -> str:
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not _trace.__code__:
-        file = frame.f_code.co_filename
-        if is_users(file):
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 def trace_region(clone: nn.Module, arguments: Mapping[str, bool]) -> Traced:
@@ -129,6 +121,7 @@ class _Refused(Exception):
         self.reason, self.source = reason, source
 
 
+@boundary
 def _trace(module: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     before = dict(vars(module))
     state, numbers = _state(module), _random_state()

@@ -29,7 +29,9 @@ from morphc.passes.isolation import kept_random_state, private_copy
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.recording import cuda_devices, describe_error, is_library_hook, tensor_leaves
+from morphc.passes.quiet import cuda_devices, is_library_hook
+from morphc.passes.recorder import tensor_leaves
+from morphc.passes.sources import describe_error
 from morphc.runtime.attach import store_of
 
 _REPEATS = 8

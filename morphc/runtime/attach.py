@@ -209,7 +209,6 @@ class SeedStore:
     """
 
     def __init__(self, root: nn.Module, config: Config, state: SeedState) -> None:
-        self.root = root
         self.config = config
         self.state = state
         self.sites: dict[str, SeedSite] = {}
@@ -512,21 +511,30 @@ def _feed(root: nn.Module, block: Block, site: SeedSite, store: SeedStore) -> No
 
 def store_of(root: nn.Module) -> SeedStore:
     """The store of a compiled model, also behind `torch.compile` or DDP. Raises NotMorphedError."""
+    return _found(root)[1]
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The compiled model itself, taken out of a `torch.compile` or DDP wrapper. Raises NotMorphedError."""
+    return _found(model)[0]
+
+
+def _found(root: nn.Module) -> tuple[nn.Module, SeedStore]:
+    # The store keeps no way back to the root: a GraphModule is unpickled from its attributes before it exists.
     module: object = root
     for _ in range(4):
         if not isinstance(module, nn.Module):
             break
         holder = module.__dict__.get(CHILD) or module._modules.get(CHILD)
         if isinstance(holder, SeedRoot) and holder.store is not None:
-            return holder.store
+            return module, holder.store
         module = module._modules.get("_orig_mod") or module._modules.get("module")
     raise NotMorphedError(f"{type(root).__name__} carries no seeds; give what morphc.compile returned")
 
 
 def detach_(root: nn.Module) -> None:
     """Take everything of morphc out of `root`, in place; the tree is as it was before `attach`."""
-    store = store_of(root)
-    root = store.root
+    root, store = _found(root)
     for site in store.sites.values():
         store.set_mode(site, Mode.DORMANT)
     for module in root.modules():

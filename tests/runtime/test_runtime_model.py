@@ -14,7 +14,7 @@ from morphc.config import Config
 from morphc.errors import AlreadyMorphedError, ConfigError, MorphcError, NotMorphedError, SeedError
 from morphc.lifecycle import Lifecycle as L
 from morphc.lifecycle import Mode
-from morphc.runtime.attach import SiteRequest, attach, default_slots, detach_, host_bytes, store_of
+from morphc.runtime.attach import SiteRequest, attach, default_slots, detach_, host_bytes, root_of, store_of
 
 
 def active_feed(**options):
@@ -43,7 +43,7 @@ def test_a_copy_is_a_second_model(duplicate):
     want = host(x)
     assert same_bits(other(x), want)
     assert other.fc2.forward.layer is other.fc2
-    assert store_of(other).root is other
+    assert root_of(other) is other
     assert store_of(other).sites["fc2"] is other.fc2.morphc
     mine, theirs = seeds_of(host), seeds_of(other)
     for name, grad in mine["fc2"].slots["bottleneck"].grads().items():
