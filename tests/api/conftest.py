@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,3 +20,9 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dumps of failed passes go to the test's own folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

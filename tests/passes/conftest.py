@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,3 +23,9 @@ def seeded() -> Iterator[None]:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes registered by a test are forgotten after it."""
     monkeypatch.setattr(manager, "_REGISTRY", dict(manager._REGISTRY))
+
+
+@pytest.fixture(autouse=True)
+def own_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dumps of failed passes go to the test's own folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
