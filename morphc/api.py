@@ -15,8 +15,8 @@ from morphc.errors import ConfigError
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
-from morphc.runtime.attach import store_of
 from morphc.runtime.plain import plain_attributes
+from morphc.runtime.store import store_of
 
 if TYPE_CHECKING:
     from morphc.runtime.seeds import Seeds

@@ -18,7 +18,7 @@ from morphc.config import Config
 from morphc.errors import CheckpointError, ConfigError, PassError, PlanError
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
-from morphc.runtime.attach import CHILD, SeedStore, root_of, store_of
+from morphc.runtime.store import CHILD, SeedStore, root_of, store_of
 from morphc.version import __version__
 
 M = TypeVar("M", bound=nn.Module)

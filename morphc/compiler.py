@@ -36,7 +36,7 @@ from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes
 from morphc.passes.verify import Verify
 from morphc.reporting import Report
-from morphc.runtime.attach import store_of
+from morphc.runtime.store import store_of
 from morphc.version import __version__
 
 VerifyWhen = Literal["auto"] | bool

@@ -31,9 +31,10 @@ from morphc.kernels.reference.chunks import bounds
 from morphc.lifecycle import TABLE, Lifecycle
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Block
-from morphc.runtime.attach import SeedStore, SiteRequest, root_of, store_of
 from morphc.runtime.plain import plain_attributes
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
+from morphc.runtime.store import SeedStore, root_of, store_of
 
 M = TypeVar("M", bound=nn.Module)
 How = Literal["own weights", "wider layers", "small module"]

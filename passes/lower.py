@@ -23,9 +23,11 @@ from morphc.passes.insert_sites import uncovered
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
-from morphc.runtime.attach import SiteForward, SiteRequest, attach
+from morphc.runtime.attach import attach
 from morphc.runtime.attention import AttentionForward
+from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import RewrittenForward, WatchedForward
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
 
 _WRAPPERS = (SiteForward, RewrittenForward, WatchedForward)

@@ -32,7 +32,7 @@ from morphc.passes.program import Program
 from morphc.passes.quiet import cuda_devices, is_library_hook
 from morphc.passes.recorder import tensor_leaves
 from morphc.passes.sources import describe_error
-from morphc.runtime.attach import store_of
+from morphc.runtime.store import store_of
 
 _REPEATS = 8
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from morphc.runtime import fastpath
-from morphc.runtime.attach import CHILD, SeedRoot, SiteForward, _load_hook, _save_hook
+from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import RewrittenForward, WatchedForward
 from morphc.runtime.site import FunctionalSites, SeedSite
+from morphc.runtime.store import CHILD, SeedRoot, load_hook, save_hook
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         attributes["_modules"] = _without(children, lambda name, _: name == CHILD)
     for table, own in (
         ("_forward_hooks", fastpath.no_fast_path),
-        ("_state_dict_hooks", _save_hook),
-        ("_load_state_dict_pre_hooks", _load_hook),
+        ("_state_dict_hooks", save_hook),
+        ("_load_state_dict_pre_hooks", load_hook),
     ):
         if any(_is(hook, own) for hook in attributes.get(table, {}).values()):
             attributes[table] = _without(attributes[table], lambda _, hook, own=own: _is(hook, own))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from morphc.errors import MorphcError, SeedError, did_you_mean
 from morphc.lifecycle import TABLE, Lifecycle, mode_of
-from morphc.runtime.attach import SeedStore, store_of
 from morphc.runtime.bank import SlotBank, draw_of
 from morphc.runtime.site import SeedSite
 from morphc.runtime.state import HEALTH, HISTORY
+from morphc.runtime.store import SeedStore, store_of
 
 
 class Entry(NamedTuple):

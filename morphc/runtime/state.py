@@ -21,7 +21,7 @@ from morphc.kernels.reference.telemetry_cpu import (
 from morphc.lifecycle import TABLE, Lifecycle
 
 if TYPE_CHECKING:
-    from morphc.runtime.attach import SeedStore
+    from morphc.runtime.store import SeedStore
 
 HISTORY = 10
 INT_ARRAYS: Final = (

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import morphc
 from morphc.config import Config
 from morphc.passes.verify import same_bits
-from morphc.runtime.attach import SiteForward
+from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import RewrittenForward, WatchedForward, restore_forward
 from morphc.runtime.site import SeedSite
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from morphc.config import Config
 from morphc.kernels.reference.chunks import bounds
 from morphc.passes.plan import Block
-from morphc.runtime.attach import SeedStore, SiteRequest, attach
+from morphc.runtime.attach import attach
 from morphc.runtime.bank import SlotBank
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.seeds import Seeds
+from morphc.runtime.store import SeedStore
 
 ALL_BLUEPRINTS = ("affine", "lowrank", "bottleneck", "widen", "depthwise")
 

@@ -13,8 +13,10 @@ import morphc
 from morphc.errors import ConfigError, FoldError
 from morphc.lifecycle import Lifecycle, Mode
 from morphc.passes import chunking
-from morphc.runtime.attach import SiteForward, SiteRequest, attach, detach_
+from morphc.runtime.attach import attach, detach_
 from morphc.runtime.attention import PACKED, SEPARATE, AttentionForward
+from morphc.runtime.forward import SiteForward
+from morphc.runtime.requests import SiteRequest
 
 ACTIVE = Lifecycle.FINE_TUNING
 E, HEADS = 12, 3

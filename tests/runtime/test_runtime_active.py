@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from morphc.config import BLENDS
 from morphc.lifecycle import TABLE, Lifecycle
-from morphc.runtime.attach import store_of
+from morphc.runtime.store import store_of
 
 L = Lifecycle
 BLENDING = [state for state, row in TABLE.items() if row.forward == "blend"]

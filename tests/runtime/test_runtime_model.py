@@ -14,7 +14,9 @@ from morphc.config import Config
 from morphc.errors import AlreadyMorphedError, ConfigError, MorphcError, NotMorphedError, SeedError
 from morphc.lifecycle import Lifecycle as L
 from morphc.lifecycle import Mode
-from morphc.runtime.attach import SiteRequest, attach, default_slots, detach_, host_bytes, root_of, store_of
+from morphc.runtime.attach import attach, detach_
+from morphc.runtime.requests import SiteRequest, default_slots, host_bytes
+from morphc.runtime.store import root_of, store_of
 
 
 def active_feed(**options):

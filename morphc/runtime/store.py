@@ -1,0 +1,179 @@
+"""Where the sites of a model and their state are kept, and how they get in and out of a state dict."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from morphc.config import Config
+from morphc.errors import NotMorphedError
+from morphc.lifecycle import Lifecycle, Mode, mode_of
+from morphc.runtime import fastpath
+from morphc.runtime.forward import SiteForward
+from morphc.runtime.requests import SiteRequest
+from morphc.runtime.site import SeedSite
+from morphc.runtime.state import SeedState
+
+CHILD: Final = "morphc"
+"""The reserved name under which everything of morphc hangs in a module."""
+
+
+class SeedRoot(nn.Module):
+    """The root's own child: `seeds` holds the state, `slots` the root's own banks if it is watched."""
+
+    seeds: SeedState
+
+    def __init__(self, state: SeedState) -> None:
+        super().__init__()
+        self.seeds = state
+        self.store: SeedStore | None = None
+        self.__dict__["site"] = None
+
+    def own_site(self, site: SeedSite) -> None:
+        """The root's own site: its slots become keys `morphc.slots.*`."""
+        self.__dict__["site"] = site
+        self.add_module("slots", site.slots)
+
+    def train(self, mode: bool = True) -> SeedRoot:
+        site = self.__dict__["site"]
+        if site is not None:
+            site.train(mode)
+        super().train(mode)
+        return self
+
+
+class SeedStore:
+    """The host's view of a compiled model: its sites in the order of the state's rows.
+
+    hidden: the root is a container whose length and iteration a child would change, so its SeedRoot stays in
+    `__dict__`.
+    """
+
+    def __init__(self, root: nn.Module, config: Config, state: SeedState) -> None:
+        self.config = config
+        self.state = state
+        self.sites: dict[str, SeedSite] = {}
+        self.requests: dict[str, SiteRequest] = {}
+        self.hidden = isinstance(root, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        self.wrapped: list[SiteForward] = []
+        self.holders: list[nn.Module] = []
+        self.fast_paths: dict[str, list[nn.Module]] = {}
+        # What compile said of the model; the runtime keeps it and looks at nothing in it.
+        self.report: Any = None
+
+    def __len__(self) -> int:
+        return sum(site.seeds for site in self.sites.values())
+
+    def set_mode(self, site: SeedSite, mode: Mode) -> None:
+        """Command a mode; fused attention paths around the site follow."""
+        if site.mode is mode:
+            return
+        site.mode = mode
+        for owner in self.fast_paths.get(site.path, ()):
+            inside = [other for other in self.sites.values() if owner in self.fast_paths.get(other.path, ())]
+            fastpath.switch(owner, any(other.mode is not Mode.DORMANT for other in inside))
+
+    def refresh_modes(self) -> None:
+        """Set every site's mode from the states. Reads the device: for commands, never for a step."""
+        states = self.state.lifecycle.tolist() if not self.state.lifecycle.is_meta else [0] * len(self)
+        for site in self.sites.values():
+            found = {Lifecycle(state) for state in states[site.offset : site.offset + site.seeds]}
+            self.set_mode(site, mode_of(found))
+
+    @torch.no_grad()
+    def enlarge(self, slots: int) -> dict[str, int]:
+        """Grow every site's banks to at least min(slots, seeds) slots; the slots of each site then, by path."""
+        for site in self.sites.values():
+            wanted = min(slots, site.seeds)
+            for _, bank in site.slots.items():
+                before = bank.slots
+                bank.enlarge(wanted)
+            if len(site.slots.items()) == 0 or wanted <= before:
+                continue
+            # A seed's slot number counts through the site's banks, which all have the same number of slots.
+            held = self.state.slot[site.offset : site.offset + site.seeds]
+            held.copy_(torch.where(held < 0, held, held // before * wanted + held % before))
+        return {
+            path: max((bank.slots for _, bank in site.slots.items()), default=0)
+            for path, site in self.sites.items()
+        }
+
+    def step_optimizer(self, **options: Any) -> None:
+        """One AdamW step of every slot whose seed's state trains; options as for `adamw_rows`."""
+        for site in self.sites.values():
+            if site.mode is not Mode.DORMANT:
+                for _, bank in site.slots.items():
+                    bank.step(site.train_rows(bank), **options)
+
+    def reset_telemetry(self) -> None:
+        """Begin a new telemetry window of every seed."""
+        self.state.reset_telemetry()
+
+
+def store_of(root: nn.Module) -> SeedStore:
+    """The store of a compiled model, also behind `torch.compile` or DDP. Raises NotMorphedError."""
+    return found(root)[1]
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The compiled model itself, taken out of a `torch.compile` or DDP wrapper. Raises NotMorphedError."""
+    return found(model)[0]
+
+
+def found(root: nn.Module) -> tuple[nn.Module, SeedStore]:
+    # The store keeps no way back to the root: a GraphModule is unpickled from its attributes before it exists.
+    module: object = root
+    for _ in range(4):
+        if not isinstance(module, nn.Module):
+            break
+        holder = module.__dict__.get(CHILD) or module._modules.get(CHILD)
+        if isinstance(holder, SeedRoot) and holder.store is not None:
+            return module, holder.store
+        module = module._modules.get("_orig_mod") or module._modules.get("module")
+    raise NotMorphedError(f"{type(root).__name__} carries no seeds; give what morphc.compile returned")
+
+
+def save_hook(root: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    holder = root.__dict__[CHILD]
+    assert isinstance(holder, SeedRoot)
+    holder.state_dict(destination=state_dict, prefix=f"{prefix}{CHILD}.")
+
+
+def load_hook(
+    root: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    holder = root.__dict__[CHILD]
+    assert isinstance(holder, SeedRoot)
+    under = f"{prefix}{CHILD}."
+    own = {key.removeprefix(under): state_dict.pop(key) for key in list(state_dict) if key.startswith(under)}
+    assign = bool(metadata.get("assign_to_params_buffers", False))
+    try:
+        result = holder.load_state_dict(own, strict=False, assign=assign)
+    except RuntimeError as error:
+        errors.append(str(error))
+        return
+    missing.extend(under + key for key in result.missing_keys)
+    unexpected.extend(under + key for key in result.unexpected_keys)
+
+
+def install_hooks(root: nn.Module) -> None:
+    root.register_state_dict_post_hook(save_hook)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_pre_hook(load_hook)  # type: ignore[no-untyped-call]
+
+
+def remove_hooks(root: nn.Module) -> None:
+    for key, hook in list(root._state_dict_hooks.items()):
+        if hook is save_hook:
+            del root._state_dict_hooks[key]
+    for key, hook in list(root._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", None) is load_hook:
+            del root._load_state_dict_pre_hooks[key]
