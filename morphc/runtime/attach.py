@@ -17,7 +17,7 @@ from morphc.runtime import fastpath
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import restore_forward
-from morphc.runtime.requests import SiteRequest, default_slots, geometry_of, spatial_axes
+from morphc.runtime.requests import SiteRequest, geometry_of, spatial_axes
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.state import SeedState
 from morphc.runtime.store import CHILD, SeedRoot, SeedStore, found, install_hooks, remove_hooks
@@ -39,7 +39,6 @@ def attach(root: nn.Module, requests: Sequence[SiteRequest], config: Config) -> 
             )
         if request.epilogue is not None:
             activation(request.epilogue)
-    slots = default_slots(requests, config, root)
     device = _device(root, requests)
     widths = [width for request in requests for width in _widths(request.features, request.seeds)]
     state = SeedState(widths, device)
@@ -49,8 +48,8 @@ def attach(root: nn.Module, requests: Sequence[SiteRequest], config: Config) -> 
     holder.store = store
     offset = 0
     for request in requests:
-        wanted = request.slots if request.slots is not None else slots[request.path]
-        site = _build(request, config, root, state, offset, wanted)
+        slots = request.slots if request.slots is not None else min(request.seeds, config.slots or 4)
+        site = _build(request, config, root, state, offset, slots)
         site.train(request.layer.training)
         _hang(root, holder, request, site, store)
         offset += request.seeds

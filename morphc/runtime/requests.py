@@ -1,18 +1,15 @@
-"""What is asked of a site, and what follows from it: its geometry and its number of slots."""
+"""What is asked of a site, and its geometry, which follows from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from morphc.config import Config
-from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
+from morphc.kernels.blueprints.base import ConvGeometry, Geometry
 from morphc.kernels.reference.activations import activation
-from morphc.kernels.reference.blends import blend_shapes
 from morphc.kernels.reference.chunks import widest
 from morphc.kernels.spec import Block
 
@@ -24,7 +21,7 @@ class SiteRequest:
     path: the site's key. layer: the layer that gets the child `morphc`. owner: the module whose forward is
     wrapped, where that is not the layer. parameter: name of the parameter of a functional layer; nothing is
     wrapped then, and the caller calls the site. tap_features: width of the layer's input, 0 where it has no
-    floating one. slots: None for `default_slots`. output_index: which element of a tuple output is watched.
+    floating one. slots: of each of the site's banks; None for `Config.slots`, or 4. output_index: which element of a tuple output is watched.
     """
 
     path: str
@@ -105,37 +102,3 @@ def conv_geometry(layer: nn.Module) -> ConvGeometry | None:
         padding_mode=layer.padding_mode,
         groups=layer.groups,
     )
-
-
-def slot_numbers(request: SiteRequest, config: Config, root: nn.Module) -> int:
-    """Numbers that one slot of every configured blueprint takes at the site."""
-    total = 0
-    for name in config.blueprints:
-        geometry = geometry_of(request, config.rank, root, get(name).tap)
-        if not get(name).refuses(geometry):
-            shapes = get(name).shapes(geometry) | blend_shapes(config.blend, geometry.chunk)
-            total += sum(torch.Size(shape).numel() for shape in shapes.values())
-    return total
-
-
-def default_slots(requests: Sequence[SiteRequest], config: Config, root: nn.Module) -> dict[str, int]:
-    """Slots by path: min(seeds, max(4, 10 %)), shrunk alike until all banks stay within 2 % of the host.
-
-    Parameters are counted on both sides (gradients and moments come to the same multiple of each). One slot
-    a site is the least there is.
-    """
-    wanted = {r.path: min(r.seeds, max(4, -(-r.seeds // 10))) for r in requests}
-    if config.slots is not None:
-        return {r.path: min(r.seeds, config.slots) for r in requests}
-    cost = {r.path: 4 * slot_numbers(r, config, root) for r in requests}
-    asked = sum(wanted[path] * cost[path] for path in wanted)
-    budget = host_bytes(root) // 50
-    if asked <= budget:
-        return wanted
-    return {path: max(1, int(slots * budget / asked)) for path, slots in wanted.items()}
-
-
-def host_bytes(root: nn.Module) -> int:
-    """Bytes of the host's parameters and buffers, tied ones once."""
-    seen = {id(t): t for t in (*root.parameters(), *root.buffers())}
-    return sum(t.numel() * t.element_size() for t in seen.values())

@@ -15,7 +15,7 @@ from morphc.errors import AlreadyMorphedError, ConfigError, MorphcError, NotMorp
 from morphc.lifecycle import Lifecycle as L
 from morphc.lifecycle import Mode
 from morphc.runtime.attach import attach, detach_
-from morphc.runtime.requests import SiteRequest, default_slots, host_bytes
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.store import root_of, store_of
 
 
@@ -384,20 +384,6 @@ def test_history_remembers_the_last_ten():
     assert [entry.target for entry in last] == [L.TRAINING, L.CULLED] * 5
     assert last[0].source is L.CULLED
     assert seeds_of(host).history("fc2", 0) == []
-
-
-def test_default_slots_stay_within_two_percent():
-    host = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
-    config = Config(blueprint="bottleneck", rank=4)
-    requests = [SiteRequest(str(i), layer, 256, seeds=64, tap_features=256) for i, layer in enumerate(host)]
-    slots = default_slots(requests, config, host)
-    assert all(4 <= count <= 7 for count in slots.values())
-    before = host_bytes(host)
-    attach(host, requests, config)
-    banks = [bank for site in store_of(host).sites.values() for _, bank in site.slots.items()]
-    assert sum(bank.get_parameter(n).numel() * 4 for bank in banks for n in bank.names) <= before / 50
-    narrow = SiteRequest("x", host[0], 3, seeds=3)
-    assert default_slots([narrow], config, nn.Linear(4096, 4096))["x"] == 3
 
 
 def test_pandas_is_optional_and_said():
