@@ -21,7 +21,8 @@ class SiteRequest:
     path: the site's key. layer: the layer that gets the child `morphc`. owner: the module whose forward is
     wrapped, where that is not the layer. parameter: name of the parameter of a functional layer; nothing is
     wrapped then, and the caller calls the site. tap_features: width of the layer's input, 0 where it has no
-    floating one. slots: of each of the site's banks; None for `Config.slots`, or 4. output_index: which element of a tuple output is watched.
+    floating one. slots: of each of the site's banks; None for `Config.slots`, or 4. output_index: which element
+    of a tuple output is watched.
     """
 
     path: str
