@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 MAX_DEPTH = 6
+_MOST_BYTES = 1 << 30
 _KEPT = (nn.Module, nn.Parameter, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -103,6 +104,33 @@ def shallow(value: Any) -> Any:
     if type(fresh) is not type(value) or (hasattr(value, "__dict__") and vars(fresh) is vars(value)):
         return value
     return fresh
+
+
+class KeptParameters:
+    """Values and gradients of the parameters, to be put back: a forward may normalise or clip its own weights.
+
+    Nothing is kept on meta, nor above `_MOST_BYTES` in all, where a second copy may not fit.
+    """
+
+    def __init__(self, *roots: nn.Module) -> None:
+        found = {id(p): p for root in roots for p in root.parameters() if not p.is_meta}
+        size = sum(p.numel() * p.element_size() for p in found.values())
+        kept = found.values() if size <= _MOST_BYTES else ()
+        self.values = [(p, p.data, p.data.clone()) for p in kept]
+        self.grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in found.values()]
+
+    def restore(self) -> None:
+        """Put back what differs. Values are compared: an update of `.data` leaves no other trace."""
+        for parameter, data, value in self.values:
+            if parameter.data.data_ptr() != data.data_ptr():
+                parameter.data = data
+            if data.layout == torch.strided and not torch.equal(data, value):
+                data.copy_(value)
+        for parameter, grad, before in self.grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+            if grad is not None and before is not None and not torch.equal(grad, before):
+                grad.copy_(before)
 
 
 @contextmanager

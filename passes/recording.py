@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from morphc.passes.clone import clone_tree
-from morphc.passes.isolation import private_copy
+from morphc.passes.isolation import KeptParameters, private_copy
 from morphc.passes.quiet import (
     cuda_devices,
     no_torchscript,
@@ -109,6 +109,7 @@ def _attempt(
     if not hooks:
         strip_user_hooks(clone)
     recorder = Recorder(clone)
+    parameters = KeptParameters(*([] if fake else [clone]))
     error = source = ""
     with ExitStack() as stack:
         stack.enter_context(quiet_state(clone, training=False))
@@ -136,5 +137,6 @@ def _attempt(
             clone(*args, **kwargs)
         except Exception as raised:  # whatever the model's own code raises: the caller decides what it means
             error, source = describe_error(raised)
+    parameters.restore()
     how = "" if error else ("fake" if fake else "real")
     return Recording(how, recorder.regions, recorder.layers, recorder.flow, error, source)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from morphc.errors import VerificationError
 from morphc.passes.clone import every_module
-from morphc.passes.isolation import kept_random_state, private_copy
+from morphc.passes.isolation import KeptParameters, kept_random_state, private_copy
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
@@ -124,6 +124,7 @@ class _Runner:
         assert program.args is not None
         self.host, self.model = program.host, program.model
         self.example = (program.args, program.kwargs)
+        self.parameters = KeptParameters(self.host, self.model)
         self.notes: list[str] = []
         self.failed_on: tuple[Any, bool] | None = None
         self.keep_hooks = False
@@ -185,6 +186,8 @@ class _Runner:
                 return self._run(module, inputs, training), ""
         except Exception as error:  # the host's own code may raise anything; the caller compares who raised
             return {}, describe_error(error)[0]
+        finally:
+            self.parameters.restore()
 
     def _run(self, module: nn.Module, inputs: Any, training: bool) -> dict[str, Any]:
         parameters = {n: p for n, p in self.host.named_parameters() if p.requires_grad}

@@ -92,6 +92,37 @@ class Rolls(nn.Module):
         )
 
 
+class Clips(nn.Module):
+    """It changes its own weights in every way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8, max_norm=0.1)
+        self.fc = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.data.clamp_(-0.1, 0.1)
+        with torch.no_grad():
+            self.fc.bias.mul_(0.5)
+        self.out.weight.data = self.out.weight.data / self.out.weight.data.norm()
+        return self.out(self.fc(x)) + self.embed(torch.arange(3)).sum()
+
+
+class Learns(nn.Module):
+    """Its forward runs a backward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        if y.requires_grad:
+            y.sum().backward(retain_graph=True)
+        return y
+
+
 def global_states() -> tuple[Any, ...]:
     kind, keys, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
@@ -141,6 +172,28 @@ class TestCompile:
         assert torch.equal(kept, torch.full((8, 8), 2.0))
         assert [p.grad is None for p in host.parameters()] == [False, True, True, True]
         assert [p.requires_grad for p in host.parameters()] == [True, True, True, False]
+
+    def test_a_host_that_changes_its_own_weights_gets_them_back(self, verify):
+        host = Clips()
+        places = [p.data_ptr() for p in host.parameters()]
+        before = [p.detach().clone() for p in host.parameters()]
+        result = compiled(host, verify=verify)
+        assert all(torch.equal(p, old) for p, old in zip(host.parameters(), before, strict=True))
+        assert [p.data_ptr() for p in host.parameters()] == places
+        assert not any("nondeterministic" in note for note in result.report.verification)
+
+    @pytest.mark.parametrize("had", [True, False], ids=["with grads", "without"])
+    def test_a_backward_within_the_forward_leaves_no_gradient(self, verify, had):
+        host = Learns()
+        if had:
+            host(rows())
+        before = [p.grad if p.grad is None else p.grad.clone() for p in host.parameters()]
+        objects = [p.grad for p in host.parameters()]
+        compiled(host, verify=verify)
+        assert all(p.grad is old for p, old in zip(host.parameters(), objects, strict=True))
+        assert all(
+            b is None or torch.equal(p.grad, b) for p, b in zip(host.parameters(), before, strict=True)
+        )
 
     @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
     def test_the_users_hooks_are_not_called(self, verify):
