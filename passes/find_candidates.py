@@ -384,7 +384,8 @@ class _Search:
         from msgspec.structs import replace
 
         paths = [site.path for site in sites]
-        kinds = {site.path: site.layer_kind for site in sites}
+        # A block's members are modules: what widens it grows their weights.
+        kinds = {site.path: site.layer_kind for site in sites if not site.parameter}
         features = {site.path: site.features for site in sites}
         calls = {site.path: site.calls for site in sites}
         roles = self.flow.roles(paths)
@@ -399,7 +400,7 @@ class _Search:
                 replace(
                     site,
                     epilogue=None,
-                    block=self.flow.block(site.path, kinds, features, calls),
+                    block=self.flow.block(site.path, kinds, features, calls) if site.path in kinds else None,
                     shared_weight=self._weight_name(site) in tied,
                     residual_branch=bool(role and role.residual_branch),
                     bottleneck=bool(role and role.bottleneck),

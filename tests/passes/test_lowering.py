@@ -89,6 +89,19 @@ class TestRewrittenForward:
             assert_same(host, model, *args, **kwargs)
             assert counts(model) == {"weight": 12}, (args, kwargs)
 
+    def test_an_active_seed_counts_however_the_model_is_called(self):
+        host = Options()
+        model = compiled(host).model
+        morphc.seeds(model)["weight"].assign([0], morphc.Lifecycle.FOSSILIZED)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "slots" in name:
+                    parameter.add_(0.3)
+        grown = model(rows())
+        assert not torch.equal(grown, host(rows()))
+        assert same_bits(model(rows(), shift=torch.zeros(4)), grown)
+        assert same_bits(model(x=rows(), flip=True).flip(-1), grown)
+
     def test_a_wrong_call_raises_what_the_host_raises(self):
         host = Options()
         model = compiled(host).model
@@ -200,6 +213,24 @@ class Batched(nn.Module):
 
 
 class TestWatchedForward:
+    @pytest.mark.parametrize("blueprint", ["widen", "lowrank", "affine", "bottleneck"])
+    def test_functional_layers_take_or_refuse_every_blueprint(self, blueprint):
+        class Chain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 6)
+                self.weight = nn.Parameter(torch.randn(6, 4))
+                self.last = nn.Linear(4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.last(torch.relu(torch.relu(self.fc(x)) @ self.weight))
+
+        host = Chain()
+        result = compiled(host, config=Config(seeds_per_layer=2, blueprint=blueprint))
+        assert set(sites_of(result)) == {"fc", "weight", "last"}
+        assert all(site.block is None for site in sites_of(result).values())
+        assert_same(host, result.model, rows())
+
     def test_expert_weights_are_watched_slice_by_slice(self):
         host = Experts()
         result = compiled(host, rows(12), config=EVERY)
