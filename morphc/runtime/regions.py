@@ -27,9 +27,9 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 class RewrittenForward:
     """Runs a region's graph: one for train, one for eval.
 
-    The graph was traced with the arguments `given` and the numbers, flags and strings that the module's attributes
-    then held, `burnt_in`. A call made in any other way, or after one of those was changed, runs the forward that was
-    there before.
+    The graph was traced with the arguments `given` and with what the module's attributes, and the objects in them,
+    held of numbers, flags and strings: `burnt_in`. A call made in any other way, or after one of those was changed,
+    runs the forward that was there before.
     """
 
     def __init__(self, module: nn.Module, graphs: Mapping[str, fx.Graph], given: tuple[str, ...]) -> None:
@@ -38,11 +38,8 @@ class RewrittenForward:
         self.previous = vars(module).get("forward")
         # An argument that the example left out may stand before one that it gave: positions end there.
         self.by_position = _leading(given, inspect.signature(self._own()))
-        self.burnt_in = {
-            name: value
-            for name, value in vars(module).items()
-            if type(value) in _SCALARS and name not in _MODULES_OWN
-        }
+        self.burnt_in = {"": _scalars(vars(module))}
+        self.burnt_in |= {name: held for name, value in vars(module).items() if (held := _held_by(value))}
         self.sources = {}
         for mode, graph in graphs.items():
             code = graph.python_code("self")
@@ -68,6 +65,20 @@ class RewrittenForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._own())
 
+    def _still_holds(self) -> bool:
+        held = vars(self.module)
+        try:
+            return all(
+                values.items() <= (vars(held[name]) if name else held).items()
+                for name, values in self.burnt_in.items()
+            )
+        except (
+            KeyError,
+            TypeError,
+            RuntimeError,
+        ):  # it is gone, has no attributes any more, or is a tensor now
+            return False
+
     def _own(self) -> Callable[..., Any]:
         own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
         return own
@@ -82,13 +93,21 @@ class RewrittenForward:
             args = (*args, *(kwargs[name] for name in names))
         if len(args) != len(self.given) or any(arg is None for arg in args):
             return self._own()(*args, **kwargs)
-        held = vars(self.module)
-        for name, value in self.burnt_in.items():
-            now = held.get(name)
-            if type(now) is not type(value) or now != value:
-                return self._own()(*args)
+        if not self._still_holds():
+            return self._own()(*args)
         run = self.train if self.module.training else self.eval
         return run(self.module, *args)
+
+
+def _scalars(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in attributes.items() if type(v) in _SCALARS and n not in _MODULES_OWN}
+
+
+def _held_by(value: object) -> dict[str, Any]:
+    """The scalars of an object that keeps options for a module, such as its `self.config`."""
+    if isinstance(value, torch.Tensor | nn.Module | type) or callable(value):
+        return {}
+    return _scalars(getattr(value, "__dict__", {}))
 
 
 def _leading(given: tuple[str, ...], signature: inspect.Signature) -> int:

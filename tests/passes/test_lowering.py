@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import re
+import types
 from typing import Any
 
 import pytest
@@ -128,6 +129,32 @@ class TestRewrittenForward:
         host.scale = model.scale = 1.0
         assert_same(host, model, rows())
 
+    def test_a_changed_option_of_its_config_object_is_obeyed(self):
+        class Configured(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 8) / 3)
+                self.config = types.SimpleNamespace(gain=1.0, bias=None, names=["a"])
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = torch.relu(F.linear(x, self.weight)) * self.config.gain
+                return h if self.config.bias is None else h + self.config.bias
+
+        host = Configured()
+        result = compiled(host, config=EVERY)
+        assert regions_of(result)[""].runs
+        for name, value in [
+            ("gain", 2.0),
+            ("bias", 1.0),
+            ("bias", torch.ones(4)),
+            ("bias", None),
+            ("gain", 1.0),
+        ]:
+            for module in (host, result.model):
+                setattr(module.config, name, value)
+            assert_same(host, result.model, rows())
+            assert counts(result.model) == {"weight": 12}
+
     def test_other_shapes_dtypes_and_leading_axes(self):
         host = Functional()
         model = compiled(host).model
@@ -135,6 +162,14 @@ class TestRewrittenForward:
             assert_same(host, model, torch.randn(*shape))
         host.double(), model.double()
         assert_same(host, model, rows().double())
+
+    def test_torch_compile_sees_one_graph_and_obeys_its_guards(self):
+        host = Options().eval()
+        model = compiled(host).model.eval()
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        assert same_bits(fast(rows()), host(rows()))
+        host.scale = model.scale = 3.0
+        assert same_bits(fast(rows()), host(rows()))
 
     def test_its_signature_is_the_hosts(self):
         import inspect
