@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from morphc.config import Config
+from morphc.passes import chunking
 from morphc.passes.plan import Level, Plan, Site
 
 SCHEMA_VERSION = 1
@@ -95,12 +97,13 @@ class Report:
         return as_text(self)
 
     def to_json(self) -> bytes:
-        """Everything but the graphs' sources and the diffs, which are text for people."""
+        """Everything but the graphs' sources and the diffs, which are text for people; costs as expressions too."""
         return msgspec.json.encode(
             {
                 "schema_version": SCHEMA_VERSION,
                 "totals": self.totals,
                 "plan": self.plan,
+                "expressions": {site.path: self.expressions(site.path) for site in self.plan.sites},
                 "passes": [
                     {
                         "name": record.name,
@@ -119,6 +122,17 @@ class Report:
             },
             order="sorted",
         )
+
+    def expressions(self, path: str) -> dict[str, str]:
+        """Bytes and flops of the site at `path` in the symbol `rows`, as text that sympy reads back.
+
+        `dormant_*`: one telemetry sample; `step_*`: a training forward with one seed in ten active, samples
+        spread out; `host_*`: the host layer's forward. Raises KeyError for a path without a site.
+        """
+        site = next((site for site in self.plan.sites if site.path == path), None)
+        if site is None:
+            raise KeyError(f"no site at {path!r}")
+        return chunking.expressions(site, msgspec.convert(self.plan.config, Config))
 
     @property
     def totals(self) -> Totals:

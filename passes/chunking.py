@@ -17,6 +17,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -261,6 +262,18 @@ def host_layer(site: Site) -> HostLayer:
         weights=known or (width * site.features if matmul else site.features),
         dtype=site.dtype,
     )
+
+
+@lru_cache(maxsize=256)
+def _expressions(shape: SiteShape, layer: HostLayer) -> dict[str, str]:
+    return cost.expressions(shape, layer, "torch")
+
+
+def expressions(site: Site, config: Config) -> dict[str, str]:
+    """Bytes and flops of a planned site in the symbol `rows`, as text: see `cost.expressions`."""
+    usable, _ = usable_blueprints(site, config)
+    shape = site_shape(site, config, usable[0]) if usable else site_shape(replace(site, slots=0), config)
+    return dict(_expressions(shape, host_layer(site)))
 
 
 def usable_blueprints(

@@ -415,10 +415,11 @@ class _Search:
     def _weight_name(self, site: Site) -> str:
         return site.path if site.parameter else f"{site.path}.weight".lstrip(".")
 
-    def _numel(self, site: Site) -> int:
+    def _numel(self, site: Site, least_axes: int = 0) -> int:
+        """Elements of the layer's own parameters; with `least_axes=2` of its matrices and kernels alone."""
         module = self.modules.get(site.path)
         if module is not None:
-            return sum(p.numel() for p in module.parameters(recurse=False))
+            return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= least_axes)
         return self._parameter(site.path).numel()
 
     def _parameter(self, path: str) -> torch.Tensor:
@@ -429,7 +430,11 @@ class _Search:
 
     def _flops_per_row(self, site: Site) -> int:
         """Two for each multiply-add: weights touched per position."""
-        return 2 * self._numel(site) if site.layer_kind in ("linear", "conv") else 8 * site.features
+        return (
+            2 * self._numel(site, least_axes=2)
+            if site.layer_kind in ("linear", "conv")
+            else 8 * site.features
+        )
 
     def _account_for_the_rest(self, chosen: set[str]) -> None:
         for path, module in self.modules.items():

@@ -45,10 +45,12 @@ class PlanChunks:
             for site in program.plan.sites
             if (layer := _host_layer(site, modules.get(site.path)))
         }
+        # The backend that will run is the one to predict, on a GPU too.
+        running = msgspec.structs.replace(config, backend="torch")
         sites = chunking.plan_chunks(
-            program.plan.sites, config, device, host_bytes=_bytes(program.host), hosts=hosts
+            program.plan.sites, running, device, host_bytes=_bytes(program.host), hosts=hosts
         )
-        with_plan(program, sites=sites, specs=chunking.specs(sites, config, arch=device.arch))
+        with_plan(program, sites=sites, specs=chunking.specs(sites, config, arch=device.arch, hosts=hosts))
         program.config = config
 
     def ensures(self, program: Program) -> str:

@@ -262,3 +262,27 @@ def _data(page: str) -> dict:
     match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert match is not None
     return json.loads(match[1])
+
+
+def test_costs_are_expressions_in_the_rows():
+    import sympy
+    import torch
+    from torch import nn
+
+    import morphc
+
+    host = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+    model = morphc.compile(host, (torch.randn(8, 64),), config=morphc.Config(seeds_per_layer=8))
+    report = morphc.report(model)
+    rows = sympy.Symbol("rows")
+    texts = report.expressions("0")
+    assert set(texts) == {
+        f"{what}_{unit}" for what in ("dormant", "step", "host") for unit in ("bytes", "flops")
+    }
+    # A Linear reads its input, weight and bias, and writes its output; a multiply-add counts as two.
+    host_bytes = sympy.sympify(texts["host_bytes"], locals={"rows": rows})
+    assert host_bytes.subs(rows, 10) == 4 * (10 * 64 + 10 * 128 + 64 * 128 + 128)
+    assert sympy.sympify(texts["host_flops"], locals={"rows": rows}).subs(rows, 10) >= 10 * 2 * 64 * 128
+    assert json.loads(report.to_json())["expressions"]["2"] == report.expressions("2")
+    with pytest.raises(KeyError, match="no site at 'nowhere'"):
+        report.expressions("nowhere")
