@@ -83,6 +83,7 @@ def compile_program(
     program = _program(host, example_inputs, example_kwargs, config, plan, share, progress)
     steps = _steps(passes)
     if not _wants_verify(verify, host, program):
+        program.unverified = plan is None
         steps = [step for step in steps if not isinstance(step, Verify)]
     records = run_passes(program, steps, print_after=print_after, on_print=on_print)
     if program.model is None:

@@ -18,6 +18,7 @@ from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
 from morphc.passes.recorder import function_name
+from morphc.runtime.requests import functional_name
 
 
 @register_pass
@@ -52,7 +53,7 @@ def site_target(site: Site, region: str) -> str:
     """Where the site's module stands, seen from the region."""
     if site.parameter:
         owner, _, name = site.path.rpartition(".")
-        full = f"{owner}.morphc.{name}"
+        full = f"{owner}.morphc.{functional_name(name)}"
     else:
         full = f"{site.path}.morphc"
     full = full.lstrip(".")

@@ -26,11 +26,11 @@ from morphc.passes.program import Program, graphs_hash
 from morphc.runtime.attach import attach
 from morphc.runtime.attention import AttentionForward
 from morphc.runtime.forward import SiteForward
-from morphc.runtime.regions import RewrittenForward, WatchedForward
-from morphc.runtime.requests import SiteRequest
+from morphc.runtime.regions import RegionForward, RewrittenForward, WatchedForward
+from morphc.runtime.requests import SiteRequest, functional_name
 from morphc.runtime.site import SeedSite
 
-_WRAPPERS = (SiteForward, RewrittenForward, WatchedForward)
+_WRAPPERS = (SiteForward, RegionForward)
 
 
 @register_pass
@@ -44,7 +44,7 @@ class Lower:
         model = clone_tree(program.host, copy_tensors=not program.share)
         sites = [site for site in program.plan.sites if site.path not in program.unwatched]
         modules = dict(model.named_modules(remove_duplicate=False))
-        attach(model, [_request(site, modules) for site in sites], program.config)
+        attach(model, [_request(site, modules) for site in sites], program.config, program.hidden_root)
         functional: dict[str, list[Site]] = {}
         for site in sites:
             if site.parameter:
@@ -60,7 +60,10 @@ class Lower:
                 )
                 program.notes = [*(n for n in program.notes if n != note), note]
             region.runs = (
-                region.level == "rewritten" and path not in program.demoted and bool(changed or inside)
+                region.level == "rewritten"
+                and path not in program.demoted
+                # A graph that nothing will compare with its forward runs only where a pass wants it to.
+                and bool(changed or (inside and not program.unverified))
             )
             if region.runs:
                 if inside:
@@ -122,9 +125,8 @@ def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
     owners = {site.path: modules[site.path.rpartition(".")[0]] for site in sites}
     found: dict[str, SeedSite] = {}
     for site in sites:
-        child = owners[site.path]._modules["morphc"]
-        assert child is not None
-        found[site.path] = child.get_submodule(str(site.parameter))  # type: ignore[assignment]
+        child: nn.Module = owners[site.path].morphc  # type: ignore[assignment]
+        found[site.path] = child.get_submodule(functional_name(str(site.parameter)))  # type: ignore[assignment]
     kind = AttentionForward if isinstance(modules[path], nn.MultiheadAttention) else WatchedForward
     modules[path].__dict__["forward"] = kind(modules[path], found, owners)
 

@@ -52,7 +52,8 @@ class Program:
     verification: list[str] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
     unwatched: dict[str, str] = field(default_factory=dict)
-    bare: bool = False
+    hidden_root: bool = False
+    unverified: bool = False
     progress: Callable[[str, int, int], None] | None = None
 
     def graphs(self) -> list[tuple[str, fx.Graph]]:

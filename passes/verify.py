@@ -5,8 +5,9 @@ gradients of every parameter and floating-point input are compared by their bit 
 they were: buffers, attributes, `.grad`, RNG, flags; users' hooks don't see these runs.
 
 When they differ: the host is run again. If it differs from itself it is nondeterministic, which is reported and
-no reason to demote. Otherwise graphs stop running in place of forwards (one region at a time, then all), then
-functional layers lose their sites, then every layer does: never a wrong answer.
+no reason to demote. Otherwise the seeds' state is hidden from the root's children, then graphs stop running in
+place of forwards (one region at a time, then all), then functional layers lose their sites, then every layer
+does: never a wrong answer.
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ class Verify:
         self._demote(program, difference)
 
     def _demote(self, program: Program, difference: str) -> None:
+        program.hidden_root = True
+        Lower().apply(program)
+        if not _Runner(program).first_difference():
+            program.verification.append(
+                f"{difference}: the root looks at its own children, so the seeds' state is kept out of them; "
+                "with that, host and model are equal"
+            )
+            return
+        program.hidden_root = False
         running = [path for path, region in program.regions.items() if region.runs]
         attempts: list[tuple[list[str], list[str]]] = [([path], []) for path in running]
         if len(running) > 1:
@@ -73,6 +83,7 @@ class Verify:
             attempts.append((running, functional))
         attempts.append((running, [site.path for site in program.plan.sites]))
         for regions, sites in attempts:
+            program.hidden_root = len(sites) == len(program.plan.sites)
             program.demoted = dict.fromkeys(
                 regions, f"its graph did not compute what its forward does: {difference}"
             )

@@ -17,14 +17,18 @@ from morphc.runtime import fastpath
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import restore_forward
-from morphc.runtime.requests import SiteRequest, geometry_of, spatial_axes
+from morphc.runtime.requests import SiteRequest, functional_name, geometry_of, spatial_axes
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.state import SeedState
 from morphc.runtime.store import CHILD, SeedRoot, SeedStore, found, install_hooks, remove_hooks
 
 
-def attach(root: nn.Module, requests: Sequence[SiteRequest], config: Config) -> SeedStore:
+def attach(
+    root: nn.Module, requests: Sequence[SiteRequest], config: Config, hidden: bool = False
+) -> SeedStore:
     """Build the sites that `requests` ask for and hang them into `root`, in place.
+
+    hidden: keep what belongs to the model as a whole out of the root's children, where they can be seen.
 
     Raises AlreadyMorphedError if the tree carries sites or a module of the user's has a child `morphc`.
     """
@@ -42,7 +46,7 @@ def attach(root: nn.Module, requests: Sequence[SiteRequest], config: Config) -> 
     device = _device(root, requests)
     widths = [width for request in requests for width in _widths(request.features, request.seeds)]
     state = SeedState(widths, device)
-    store = SeedStore(root, config, state)
+    store = SeedStore(root, config, state, hidden)
     state.store = store
     holder = SeedRoot(state)
     holder.store = store
@@ -129,7 +133,7 @@ def _hang(root: nn.Module, holder: SeedRoot, request: SiteRequest, site: SeedSit
             under = FunctionalSites()
             layer.add_module(CHILD, under)
             store.holders.append(layer)
-        under.add_module(request.parameter.replace(".", "_"), site)
+        under.add_module(functional_name(request.parameter), site)
         return
     if layer is root:
         holder.own_site(site)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,12 @@ class SiteForward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return self.inner
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the forward that is wrapped: exporters ask for the names and lines of a forward's code."""
+        code: CodeType = inspect.unwrap(self.inner).__code__
+        return code
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -8,7 +8,7 @@ from torch import nn
 
 from morphc.runtime import fastpath
 from morphc.runtime.forward import SiteForward
-from morphc.runtime.regions import RewrittenForward, WatchedForward
+from morphc.runtime.regions import RegionForward
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import CHILD, SeedRoot, load_hook, save_hook
 
@@ -17,7 +17,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """`vars(module)` without a site, a wrapped forward, or a hook of morphc's. The module itself is left alone."""
     attributes = dict(vars(module))
     forward = attributes.get("forward")
-    while isinstance(forward, SiteForward | RewrittenForward | WatchedForward):
+    while isinstance(forward, SiteForward | RegionForward):
         forward = forward.replaced if isinstance(forward, SiteForward) else forward.previous
         attributes.pop("forward")
         if forward is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,35 @@ _SCALARS = (bool, int, float, complex, str, type(None))
 _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
-class RewrittenForward:
+class RegionForward:
+    """The instance attribute `forward` of a region's module, in place of the forward that was there before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.previous = vars(module).get("forward")
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the forward that is wrapped: exporters ask for the names and lines of a forward's code."""
+        code: CodeType = inspect.unwrap(self._own()).__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
+
+    def _own(self) -> Callable[..., Any]:
+        own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
+        return own
+
+    def _lead_hidden_sites(self) -> None:
+        """Sites of a root that hides them from its `modules()` don't hear of `train()` and `eval()`."""
+        holder = vars(self.module).get("morphc")
+        if holder is not None and holder.training != self.module.training:
+            holder.train(self.module.training)
+
+
+class RewrittenForward(RegionForward):
     """Runs a region's graph: one for train, one for eval.
 
     The graph was traced with the arguments `given` and with what the module's attributes, and the objects in them,
@@ -33,9 +62,8 @@ class RewrittenForward:
     """
 
     def __init__(self, module: nn.Module, graphs: Mapping[str, fx.Graph], given: tuple[str, ...]) -> None:
-        self.module = module
+        super().__init__(module)
         self.given = given
-        self.previous = vars(module).get("forward")
         # An argument that the example left out may stand before one that it gave: positions end there.
         self.by_position = _leading(given, inspect.signature(self._own()))
         self.burnt_in = {"": _scalars(vars(module))}
@@ -61,10 +89,6 @@ class RewrittenForward:
         vars(self).update(state)
         self._load()
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._own())
-
     def _still_holds(self) -> bool:
         held = vars(self.module)
         try:
@@ -72,16 +96,8 @@ class RewrittenForward:
                 values.items() <= (vars(held[name]) if name else held).items()
                 for name, values in self.burnt_in.items()
             )
-        except (
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ):  # it is gone, has no attributes any more, or is a tensor now
-            return False
-
-    def _own(self) -> Callable[..., Any]:
-        own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
-        return own
+        except (KeyError, TypeError, RuntimeError):
+            return False  # it is gone, has no attributes any more, or is a tensor now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) > self.by_position:
@@ -95,6 +111,7 @@ class RewrittenForward:
             return self._own()(*args, **kwargs)
         if not self._still_holds():
             return self._own()(*args)
+        self._lead_hidden_sites()
         run = self.train if self.module.training else self.eval
         return run(self.module, *args)
 
@@ -117,30 +134,21 @@ def _leading(given: tuple[str, ...], signature: inspect.Signature) -> int:
     return next((i for i, name in enumerate(given) if names[i : i + 1] != [name]), len(given))
 
 
-class WatchedForward:
+class WatchedForward(RegionForward):
     """Runs a module's own forward and hands the results of its weighted calls to their sites.
 
-    sites: parameter id is looked up on each run, so that a replaced parameter is still found by its name.
-    `functions` are the torch functions that count.
+    The parameters are looked up on each run, so that a replaced one is still found by its name.
     """
 
     def __init__(
         self, module: nn.Module, sites: Mapping[str, SeedSite], owner_of: Mapping[str, nn.Module]
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.sites = dict(sites)
         self.owner_of = dict(owner_of)
-        self.previous = vars(module).get("forward")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._own())
-
-    def _own(self) -> Callable[..., Any]:
-        own: Callable[..., Any] = self.previous or type(self.module).forward.__get__(self.module)
-        return own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._lead_hidden_sites()
         watched = {
             id(getattr(self.owner_of[name], name.rpartition(".")[2])): site
             for name, site in self.sites.items()
@@ -214,7 +222,7 @@ _WEIGHTED = frozenset(
 def restore_forward(module: nn.Module) -> None:
     """Undo the wrapping of `module.forward`, back to what it was before."""
     wrapper = vars(module).get("forward")
-    while isinstance(wrapper, RewrittenForward | WatchedForward):
+    while isinstance(wrapper, RegionForward):
         if wrapper.previous is None:
             del vars(module)["forward"]
         else:

@@ -13,6 +13,9 @@ from morphc.kernels.reference.activations import activation
 from morphc.kernels.reference.chunks import widest
 from morphc.kernels.spec import Block
 
+# What `SeedRoot` keeps under its own names, and an nn.Module in its instances.
+_TAKEN = frozenset({"seeds", "slots", "store", "site", "training"})
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteRequest:
@@ -40,6 +43,12 @@ class SiteRequest:
     tap_features: int = 0
     owner: nn.Module | None = None
     slots: int | None = None
+
+
+def functional_name(parameter: str) -> str:
+    """Name of a functional layer's site under `morphc`: the parameter's, unless a module has that name itself."""
+    plain = parameter.replace(".", "_")
+    return f"{plain}_" if plain in _TAKEN or hasattr(nn.Module, plain) else plain
 
 
 def geometry_of(request: SiteRequest, rank: int, root: nn.Module, tap: str = "chunk") -> Geometry:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any, Final
 
 import torch
@@ -18,6 +20,25 @@ from morphc.runtime.state import SeedState
 
 CHILD: Final = "morphc"
 """The reserved name under which everything of morphc hangs in a module."""
+
+
+_LOOKS = re.compile(r"\.\s*(_modules|(named_)?(children|modules))\b")
+
+
+def looks_at_its_children(root: nn.Module) -> bool:
+    """Whether a child more changes what `root` does: a container, or a forward that walks `self.children()`."""
+    if isinstance(root, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return True
+    for cls in type(root).__mro__:
+        if cls is nn.Module or cls.__module__.startswith("torch.nn."):
+            break
+        try:
+            source = inspect.getsource(vars(cls)["forward"]) if "forward" in vars(cls) else ""
+        except (OSError, TypeError):
+            continue  # made at run time: nothing to read
+        if _LOOKS.search(source):
+            return True
+    return False
 
 
 class SeedRoot(nn.Module):
@@ -47,16 +68,16 @@ class SeedRoot(nn.Module):
 class SeedStore:
     """The host's view of a compiled model: its sites in the order of the state's rows.
 
-    hidden: the root is a container whose length and iteration a child would change, so its SeedRoot stays in
-    `__dict__`.
+    hidden: the root is a container, or looks at its own children in its code, and a child more would change what
+    it does; so its SeedRoot stays in `__dict__`.
     """
 
-    def __init__(self, root: nn.Module, config: Config, state: SeedState) -> None:
+    def __init__(self, root: nn.Module, config: Config, state: SeedState, hidden: bool = False) -> None:
         self.config = config
         self.state = state
         self.sites: dict[str, SeedSite] = {}
         self.requests: dict[str, SiteRequest] = {}
-        self.hidden = isinstance(root, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        self.hidden = hidden or looks_at_its_children(root)
         self.wrapped: list[SiteForward] = []
         self.holders: list[nn.Module] = []
         self.fast_paths: dict[str, list[nn.Module]] = {}
