@@ -69,7 +69,7 @@ def test_a_root_that_walks_its_children_meets_only_its_own(make: type[nn.Module]
 
 
 @pytest.mark.parametrize(
-    "name", ["w", "weight", "store", "site", "seeds", "slots", "children_", "T_destination"]
+    "name", ["w", "weight", "store", "site", "seeds", "slots", "children_"]
 )
 def test_a_functional_layer_may_be_named_like_something_of_ours(name: str, x: Tensor) -> None:
     host = OwnParameter(name)
