@@ -68,9 +68,7 @@ def test_a_root_that_walks_its_children_meets_only_its_own(make: type[nn.Module]
     assert list(morphc.detach(model).state_dict()) == list(host.state_dict())
 
 
-@pytest.mark.parametrize(
-    "name", ["w", "weight", "store", "site", "seeds", "slots", "children_"]
-)
+@pytest.mark.parametrize("name", ["w", "weight", "store", "site", "seeds", "slots", "children_"])
 def test_a_functional_layer_may_be_named_like_something_of_ours(name: str, x: Tensor) -> None:
     host = OwnParameter(name)
     model = morphc.compile(host, (x,), config=Config(seeds_per_layer=2, telemetry_every=1))
