@@ -2,7 +2,7 @@
 
     python benchmarks/llama_inspect.py              prints a table, writes benchmarks/results/llama_inspect.json
 
-Also: what `import morphc` adds to `import torch`, and how long `morphc --help` takes (medians of 7 processes).
+Also: what `import morphc` adds to `import torch`, and how long `morphc --help` takes (the fastest of 9 processes each, taken in turn).
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results" / "llama_inspect.json"
-RUNS = 7
+RUNS = 9
 
 
 def inspect_llama() -> dict[str, float | int]:
@@ -45,14 +44,15 @@ def inspect_llama() -> dict[str, float | int]:
     }
 
 
-def process_seconds(*arguments: str) -> float:
-    """Median wall-clock seconds of a command, after one run that warms the disk cache."""
-    times = []
+def process_seconds(*commands: tuple[str, ...]) -> list[float]:
+    """Fastest wall-clock seconds of each command, run in turn, after one round that warms the disk cache."""
+    times: list[list[float]] = [[] for _ in commands]
     for _ in range(RUNS + 1):
-        started = time.perf_counter()
-        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+        for command, found in zip(commands, times, strict=True):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            found.append(time.perf_counter() - started)
+    return [min(found[1:]) for found in times]
 
 
 def main() -> None:
@@ -63,10 +63,12 @@ def main() -> None:
         [sys.executable, __file__, "--worker"], check=True, stdout=subprocess.PIPE, text=True
     )
     result = json.loads(worker.stdout.splitlines()[-1])
-    bare = process_seconds(sys.executable, "-c", "import torch")
-    both = process_seconds(sys.executable, "-c", "import torch, morphc")
-    touched = process_seconds(sys.executable, "-c", "import torch, morphc; morphc.compile")
-    help_text = process_seconds(sys.executable, "-m", "morphc", "--help")
+    bare, both, touched, help_text = process_seconds(
+        (sys.executable, "-c", "import torch"),
+        (sys.executable, "-c", "import torch, morphc"),
+        (sys.executable, "-c", "import torch, morphc; morphc.compile"),
+        (sys.executable, "-m", "morphc", "--help"),
+    )
     result |= {
         "import_torch_s": round(bare, 3),
         "import_morphc_adds_s": round(both - bare, 3),
