@@ -2,7 +2,8 @@
 
     python benchmarks/llama_inspect.py              prints a table, writes benchmarks/results/llama_inspect.json
 
-Also: what `import morphc` adds to `import torch`, and how long `morphc --help` takes (the fastest of 9 processes each, taken in turn).
+Also: what `import morphc` adds to `import torch`, and how long `morphc --help` takes (the fastest of 9 processes
+each, taken in turn).
 """
 
 from __future__ import annotations
