@@ -56,7 +56,7 @@ class FindCandidates:
     exclude: str | None = None
 
     def apply(self, program: Program) -> None:
-        if program.plan.sites or program.recording is None:
+        if program.plan.sites or program.follow is not None or program.recording is None:
             return
         search = _Search(program, self.include, self.exclude)
         sites, misses = search.run()
@@ -64,7 +64,8 @@ class FindCandidates:
         with_plan(program, sites=sites, misses=misses)
 
     def requires(self, program: Program) -> str:
-        return "" if program.recording is not None or program.plan.sites else "nothing was captured yet"
+        known = program.recording is not None or program.follow is not None or program.plan.sites
+        return "" if known else "nothing was captured yet"
 
 
 class _Search:

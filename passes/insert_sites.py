@@ -46,7 +46,8 @@ class InsertSites:
                 region.pristine = graphs_hash(region.graphs)
 
     def requires(self, program: Program) -> str:
-        return "" if program.plan.sites or program.plan.misses else "no candidates were searched for yet"
+        known = program.follow is not None or program.plan.sites or program.plan.misses
+        return "" if known else "no candidates were searched for yet"
 
 
 def site_target(site: Site, region: str) -> str:

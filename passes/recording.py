@@ -59,16 +59,22 @@ def record(
 ) -> Recording:
     """Run `host` once on the example, watched. Nothing of the host changes; a failure is part of the answer."""
     if allow_real and _is_small(host, args, kwargs):
-        found = _attempt(host, args, kwargs, fake=False, hooks=False)
-        return _attempt(host, args, kwargs, fake=False, hooks=True) if found.error else found
+        return _real(host, args, kwargs)
     first = _attempt(host, args, kwargs, fake=True, hooks=False)
     if not first.error or not allow_real or _on_meta(host):
         return first
-    second = _attempt(host, args, kwargs, fake=False, hooks=False)
-    if second.error:
-        second = _attempt(host, args, kwargs, fake=False, hooks=True)
+    second = _real(host, args, kwargs)
     second.fallback_reason = first.error
     return second
+
+
+def _real(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """On real tensors. A forward may take gradients itself, or need its hooks: both only where it fails without."""
+    found = _attempt(host, args, kwargs, fake=False, hooks=False)
+    for hooks in (False, True):
+        if found.error:
+            found = _attempt(host, args, kwargs, fake=False, hooks=hooks, gradients=True)
+    return found
 
 
 def _is_small(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -101,7 +107,13 @@ def _module_calls(recorder: Recorder) -> Iterator[None]:
 
 @boundary
 def _attempt(
-    host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, fake: bool, hooks: bool
+    host: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    fake: bool,
+    hooks: bool,
+    gradients: bool = False,
 ) -> Recording:
     clone = clone_tree(host)
     # Also under fake tensors: an in-place update of a real buffer of one number is carried out on it.
@@ -113,7 +125,7 @@ def _attempt(
     error = source = ""
     with ExitStack() as stack:
         stack.enter_context(quiet_state(clone, training=False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         # What the model warns of in this run is no news to whoever runs it.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         if fake:
