@@ -28,6 +28,7 @@ from morphc.passes.emit import readable_graphs
 from morphc.passes.find_candidates import FindCandidates
 from morphc.passes.fuse_epilogues import FuseEpilogues
 from morphc.passes.insert_sites import InsertSites
+from morphc.passes.layers import classify
 from morphc.passes.lower import Lower
 from morphc.passes.manager import Pass, PassRecord, parse_passes, run_passes
 from morphc.passes.plan import SCHEMA_VERSION, Miss, Plan, RegionNote, Site
@@ -36,7 +37,8 @@ from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes
 from morphc.passes.verify import Verify
 from morphc.reporting import Report
-from morphc.runtime.store import store_of
+from morphc.runtime.site import FunctionalSites, SeedSite
+from morphc.runtime.store import SeedRoot, store_of
 from morphc.version import __version__
 
 VerifyWhen = Literal["auto"] | bool
@@ -153,6 +155,14 @@ def _program(
     progress: Callable[[str, int, int], None] | None,
 ) -> Program:
     check_host(host)
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(
+            f"config is a {type(config).__name__}: give morphc.Config(...), or Config(**options)"
+        )
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan is a {type(plan).__name__}: read it with morphc.Plan.from_json(path.read_bytes())"
+        )
     args = _as_args(example_inputs)
     if args is None and example_kwargs:
         args = ()
@@ -220,12 +230,17 @@ def check_host(host: object) -> None:
                 f"{path!r} went through torch.compile already: put its _orig_mod back, "
                 "and torch.compile the whole afterwards"
             )
-    if "morphc" in vars(host) or any(
-        "morphc" in m._modules for m in host.modules() if not isinstance(m, torch.jit.ScriptModule)
-    ):
-        raise AlreadyMorphedError(
-            "this model carries seed sites already: use it as it is, or pass morphc.detach(model) to compile it anew"
-        )
+    for path, module in host.named_modules():
+        taken = None if isinstance(module, torch.jit.ScriptModule) else _named_morphc(module)
+        if isinstance(taken, SeedRoot | SeedSite | FunctionalSites):
+            raise AlreadyMorphedError(
+                "this model carries seed sites already: use it as it is, or compile morphc.detach(model) anew"
+            )
+        if taken is not None:
+            where = f"{path!r}" if path else "the root"
+            raise UnsupportedHostError(
+                f"{where} has a child or an attribute named 'morphc', the name that sites live under: rename it"
+            )
     if isinstance(host, torch.jit.ScriptModule):
         raise UnsupportedHostError("this model is TorchScript: pass the nn.Module that it was scripted from")
     lazy = [n for n, p in host.named_parameters() if nn.parameter.is_lazy(p)]
@@ -234,6 +249,11 @@ def check_host(host: object) -> None:
             f"parameter {lazy[0]!r} is lazy and has no shape yet ({len(lazy)} of them): "
             "run the model once before compiling"
         )
+
+
+def _named_morphc(module: nn.Module) -> object:
+    tables = (vars(module), module._modules, module._parameters, module._buffers)
+    return next((table["morphc"] for table in tables if "morphc" in table), None)
 
 
 def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -257,6 +277,8 @@ def _wants_verify(verify: VerifyWhen, host: nn.Module, program: Program) -> bool
         program.verification = ["not verified: no example inputs were given"]
         return False
     if verify != "auto":
+        if not isinstance(verify, bool):
+            raise ConfigError(f'verify={verify!r} is neither True, False nor "auto"')
         if not verify:
             program.verification = ["not verified: verify=False"]
         return bool(verify)
@@ -326,6 +348,9 @@ def _config_of(plan: Plan) -> Config:
 
 def _misfit(site: Site, modules: Mapping[str, nn.Module]) -> str:
     """Which field of the site can't be of this model, or an empty string."""
+    known = classify(modules[site.path]) if site.path in modules and not site.parameter else None
+    if known is not None and known.feature_axis != site.feature_axis:
+        return f"feature_axis={site.feature_axis}, this layer's is {known.feature_axis}"
     owner = site.path.rpartition(".")[0] if site.parameter else site.path
     if owner not in modules:
         return f"path={site.path!r} names no module of it"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx, nn
+from torch import nn
 
 from morphc.errors import ExampleInputError, HostForwardError, PlanError
 from morphc.passes.clone import clone_tree
@@ -77,8 +77,6 @@ def _captured(path: str, region: Region, module: nn.Module, symbolic: bool) -> C
         traced = trace_region(module, region.arguments)
         if traced.train is not None and traced.eval is not None:
             graphs = {"train": traced.train, "eval": traced.eval}
-            for graph in graphs.values():
-                _copy_shapes(region.graph, graph)
             return CapturedRegion(
                 path, cls, "rewritten", "", source, graphs, traced.given, pristine=graphs_hash(graphs)
             )
@@ -106,14 +104,6 @@ def _retrace(program: Program, plan: Plan) -> None:
                 note.path, note.module_class, "rewritten", "", note.source, graphs, traced.given,
                 pristine=graphs_hash(graphs),
             )  # fmt: skip
-
-
-def _copy_shapes(recorded: fx.Graph, traced: fx.Graph) -> None:
-    """Placeholders of the traced graph get the shapes that the recorded run saw."""
-    seen = {node.target: node.meta for node in recorded.nodes if node.op == "placeholder"}
-    for node in traced.nodes:
-        if node.op == "placeholder" and "shape" in seen.get(node.target, {}):
-            node.meta["shape"], node.meta["dtype"] = seen[node.target]["shape"], seen[node.target]["dtype"]
 
 
 def _explain_failure(program: Program, error: str, source: str) -> None:

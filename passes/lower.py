@@ -82,6 +82,8 @@ class Lower:
         program.model = model
 
     def requires(self, program: Program) -> str:
+        if program.recording is None and program.follow is None:
+            return "nothing was captured yet; capture comes first"
         return (
             "" if all(site.seeds for site in program.plan.sites) else "some sites have no seeds planned yet"
         )

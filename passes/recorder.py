@@ -116,14 +116,14 @@ class Recorder(TorchFunctionMode):
         frame = self.stack[-1] if self.stack else None
         if frame is None or frame.region.data_dependent or id(tensor) not in self.reached_input:
             return
-        file, line = user_frame()
+        source = user_frame()
         verb = name.rsplit(".", 1)[1]
-        frame.region.data_dependent = f"control flow reads a tensor's value ({verb}) at {file}:{line}"
+        frame.region.data_dependent = f"control flow reads a tensor's value ({verb}) at {source}"
 
     def _add(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
         inputs = [leaf for leaf in tensor_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        file, line = user_frame()
-        number = self._flow_node("function", name, inputs, result, source=f"{file}:{line}")
+        source = user_frame()
+        number = self._flow_node("function", name, inputs, result, source=source)
         if any(self.flow.nodes[number]["weights"]):
             self.flow.nodes[number]["inside"] = self._called_past_call()
         if "approximate" in kwargs:
@@ -138,7 +138,7 @@ class Recorder(TorchFunctionMode):
             _as_args(self._argument(frame, args)),
             self._argument(frame, kwargs),
         )
-        node.meta["source"] = f"{file}:{line}"
+        node.meta["source"] = source
         node.meta["flow"] = number
         node.meta["function"] = name
         self._bind(frame, node, result)
@@ -167,7 +167,7 @@ class Recorder(TorchFunctionMode):
         if self.leaf_depth:
             return run(*args, **kwargs)
         parent = self.stack[-1] if self.stack else None
-        source = "{}:{}".format(*user_frame()) if parent is not None else ""
+        source = user_frame() if parent is not None else ""
         leaf = path is None or is_leaf(module)
         if leaf:
             self.leaf_depth += 1

@@ -1,26 +1,23 @@
-"""Propagate shapes: every node of a rewritten graph learns the shape and dtype of its value.
+"""Propagate shapes: the nodes of a rewritten graph learn the shape and dtype of their values from the recorded run.
 
-1. A placeholder has them from the recorded run.
-2. A child module has those of its recorded output; it is not run again.
-3. A torch call is run on meta tensors.
+1. A placeholder has them from the call of the region.
+2. A child module has those of its recorded output.
+3. A torch call has those of the recorded call of the same name, in order.
 
-Recorded graphs have theirs already. A node whose value can't be had (a child that the example never reached)
-stays without, and so does what follows from it.
+Nothing is run for it: the first call of an op on a meta or fake tensor imports for seconds. A node whose value the
+run didn't show (a branch of train mode, a child that the example never reached) stays without.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.recorder import Layer
-from morphc.passes.recording import Recording
+from morphc.passes.recorder import function_name
 
 
 @register_pass
@@ -33,61 +30,31 @@ class PropagateShapes:
     def apply(self, program: Program) -> None:
         if program.recording is None:
             return
-        modules = dict(program.host.named_modules())
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            for path, region in program.regions.items():
-                if region.level == "rewritten":
-                    for graph in region.graphs.values():
-                        _Shapes(modules[path], path, program.recording).run(graph)
+        for path, region in program.regions.items():
+            recorded = program.recording.regions.get(path)
+            if region.level == "rewritten" and recorded is not None:
+                for graph in region.graphs.values():
+                    _copy(recorded.graph, graph)
 
 
-class _Unknown(Exception):
-    pass
+def _copy(recorded: fx.Graph, graph: fx.Graph) -> None:
+    waiting = [node for node in recorded.nodes if "shape" in node.meta]
+    for node in graph.nodes:
+        key = _key(node)
+        match = next((i for i, other in enumerate(waiting) if _key(other) == key), None)
+        if key and match is not None:
+            node.meta["shape"] = waiting[match].meta["shape"]
+            node.meta["dtype"] = waiting[match].meta["dtype"]
+            del waiting[: match + 1]
 
 
-class _Shapes:
-    def __init__(self, module: nn.Module, path: str, recording: Recording) -> None:
-        self.module, self.path, self.layers = module, path, recording.layers
-        self.values: dict[fx.Node, Any] = {}
-
-    def run(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            try:
-                value = self._value(node)
-            except Exception:  # an op that meta tensors refuse leaves the shapes after it unknown, no more
-                continue
-            self.values[node] = value
-            if isinstance(value, torch.Tensor):
-                node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
-
-    def _value(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return self._empty(node.meta.get("shape"), node.meta.get("dtype"))
-        if node.op == "get_attr":
-            found: Any = self.module
-            for part in str(node.target).split("."):
-                found = getattr(found, part)
-            return torch.empty_like(found, device="meta") if isinstance(found, torch.Tensor) else found
-        if node.op == "call_module":
-            layer: Layer | None = self.layers.get(f"{self.path}.{node.target}".lstrip("."))
-            if layer is None or layer.output_kind == "tuple":
-                raise _Unknown
-            return self._empty(layer.output_shape, layer.output_dtype)
-        if node.op == "output":
-            return None
-        args = fx.node.map_arg(node.args, self._of)
-        kwargs = fx.node.map_arg(node.kwargs, self._of)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    def _of(self, node: fx.Node) -> Any:
-        if node not in self.values:
-            raise _Unknown
-        return self.values[node]
-
-    def _empty(self, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> torch.Tensor:
-        if shape is None or dtype is None:
-            raise _Unknown
-        return torch.empty(shape, dtype=dtype, device="meta")
+def _key(node: fx.Node) -> str:
+    """What a call is named alike in both graphs: `+` is operator.add in one and Tensor.add in the other."""
+    if node.op in ("placeholder", "call_module"):
+        return f"{node.op} {node.target}"
+    if node.op == "call_method":
+        return str(node.target).strip("_")
+    if node.op == "call_function":
+        name = str(node.meta.get("function") or function_name(node.target))
+        return name.removesuffix(".default").rsplit(".", 1)[-1].strip("_")
+    return ""

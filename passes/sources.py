@@ -18,6 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 TORCH_DIR = torch.__path__[0]
 # This package's own frames: `morphc/passes` is reached under that name, whatever the checkout looks like.
 _OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# Where every module is called from; a line in them says nothing.
+_GENERAL = ("container.py", "module.py")
 _BOUNDARIES: set[CodeType] = set()
 
 
@@ -32,23 +34,19 @@ def is_users(file: str) -> bool:
     return not file.startswith((TORCH_DIR, _OWN_DIR, "<"))
 
 
-def user_frame() -> tuple[str, int]:
-    """file and line of the nearest caller outside of torch and of morphc."""
+def user_frame() -> str:
+    """`file:line` of the nearest caller outside of torch and of morphc, else of one of torch's layers, else empty."""
     frame = sys._getframe(2)
-    fallback = ("", 0)
+    fallback = ""
     while frame is not None:
         file = frame.f_code.co_filename
         if frame.f_code in _BOUNDARIES:
             break
         if is_users(file):
-            return file, frame.f_lineno
-        if (
-            fallback[1] == 0
-            and file.startswith(TORCH_DIR)
-            and "/nn/modules/" in file
-            and "container" not in file
-        ):
-            fallback = (file, frame.f_lineno)
+            return f"{file}:{frame.f_lineno}"
+        torchs = file.startswith(TORCH_DIR) and "/nn/modules/" in file and not file.endswith(_GENERAL)
+        if torchs and not fallback:
+            fallback = f"{file}:{frame.f_lineno}"
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -59,12 +59,12 @@ class _RegionTracer(fx.Tracer):
         if _modes() != self.modes:
             raise _Refused(
                 "part of it runs under no_grad or autocast, which a graph can't say",
-                "{}:{}".format(*user_frame()),
+                user_frame(),
             )
         node = super().create_node(*args, **kwargs)
-        file, line = user_frame()
-        if file:
-            node.meta["source"] = f"{file}:{line}"
+        source = user_frame()
+        if source:
+            node.meta["source"] = source
         return node
 
 
