@@ -7,6 +7,9 @@ from typing import Literal
 
 import msgspec
 
+# Why a blueprint that reads an input can't stand behind a transposed convolution.
+TRANSPOSED = "the layer is a transposed convolution, whose input lies on another grid than its output"
+
 Layout = Literal["last", "channels_first", "channels_last"]
 
 

@@ -30,7 +30,7 @@ from morphc.kernels.blueprints.base import ConvGeometry
 from morphc.kernels.cost import HostLayer, SiteShape
 from morphc.kernels.cost_terms import dtype_bytes
 from morphc.kernels.devices import Device, nominal
-from morphc.kernels.spec import KernelSpec, Layout
+from morphc.kernels.spec import TRANSPOSED, KernelSpec, Layout
 from morphc.passes.plan import Site
 
 MOST_AUTO_SEEDS = 1024
@@ -282,7 +282,12 @@ def usable_blueprints(
     """Those of the config's blueprints that can stand at the site, and a note on those that can't."""
     usable, refused = [], []
     for name in config.blueprints:
-        reason = blueprints.get(name).refuses(site_shape(site, config, name, conv).geometry)
+        kind = blueprints.get(name)
+        reason = kind.refuses(site_shape(site, config, name, conv).geometry)
+        if kind.tap != "chunk" and "ConvTranspose" in site.layer_class:
+            reason = TRANSPOSED
+        if kind.tap == "layer" and site.parameter is not None:
+            reason = reason or "a functional layer's input is not seen by its site"
         if reason:
             refused.append(f"no {name}: {reason}")
         else:

@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from morphc.config import Config
@@ -26,7 +27,7 @@ from morphc.passes import layers as kinds_of
 from morphc.passes.flow import ACTIVATION_MODULES, Flow, collapse
 from morphc.passes.layers import Shape, WeightedCall
 from morphc.passes.manager import register_pass
-from morphc.passes.plan import Level, Miss, Site
+from morphc.passes.plan import Block, Level, Miss, Site
 from morphc.passes.program import Program
 from morphc.passes.recorder import Layer
 from morphc.passes.recording import Recording
@@ -383,7 +384,6 @@ class _Search:
         return call.name.rsplit(".", 1)[-1] if call else "function"
 
     def _annotated(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        from msgspec.structs import replace
 
         paths = [site.path for site in sites]
         # A block's members are modules: what widens it grows their weights.
@@ -402,7 +402,7 @@ class _Search:
                 replace(
                     site,
                     epilogue=None,
-                    block=self.flow.block(site.path, kinds, features, calls) if site.path in kinds else None,
+                    block=self._block(site, kinds, features, calls),
                     shared_weight=self._weight_name(site) in tied,
                     residual_branch=bool(role and role.residual_branch),
                     bottleneck=bool(role and role.bottleneck),
@@ -413,6 +413,15 @@ class _Search:
                 )
             )
         return tuple(result)
+
+    def _block(
+        self, site: Site, kinds: dict[str, str], features: dict[str, int], calls: dict[str, int]
+    ) -> Block | None:
+        block = self.flow.block(site.path, kinds, features, calls) if site.path in kinds else None
+        if block is None or block.obstacle:
+            return block
+        turned = next((p for p in (*block.inputs, block.output) if "Transpose" in self._class_of(p)), None)
+        return block if turned is None else replace(block, obstacle=f"{turned!r} is a transposed convolution")
 
     def _weight_name(self, site: Site) -> str:
         return site.path if site.parameter else f"{site.path}.weight".lstrip(".")

@@ -11,13 +11,13 @@ from morphc.config import Config
 from morphc.errors import AlreadyMorphedError, ConfigError, SeedError
 from morphc.kernels.blueprints.base import get
 from morphc.kernels.reference.activations import activation
-from morphc.kernels.spec import Block
+from morphc.kernels.spec import TRANSPOSED, Block
 from morphc.lifecycle import Mode
 from morphc.runtime import fastpath
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import restore_forward
-from morphc.runtime.requests import SiteRequest, functional_name, geometry_of, spatial_axes
+from morphc.runtime.requests import SiteRequest, functional_name, geometry_of, is_transposed, spatial_axes
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.state import SeedState
 from morphc.runtime.store import CHILD, SeedRoot, SeedStore, found, install_hooks, remove_hooks
@@ -97,6 +97,10 @@ def _build(
         reason = kind.refuses(geometry)
         if kind.tap == "layer" and request.parameter is not None:
             reason = reason or "a functional layer's input is not seen by its site"
+        if kind.tap != "chunk" and is_transposed(request.layer):
+            reason = TRANSPOSED
+        if not reason and slots < 1:
+            reason = "the plan gives the site no slots"
         if reason:
             refusals[name] = reason
         else:

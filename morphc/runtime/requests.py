@@ -85,7 +85,14 @@ def geometry_of(request: SiteRequest, rank: int, root: nn.Module, tap: str = "ch
 
 def spatial_axes(layer: nn.Module) -> int:
     """Spatial axes of a convolution, 0 for any other layer."""
-    return len(layer.kernel_size) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 0
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_transposed(layer):
+        return len(layer.kernel_size)  # type: ignore[arg-type]
+    return 0
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is a transposed convolution, whose input lies on another grid than its output."""
+    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
 
 
 def width_in(layer: nn.Module) -> int:
