@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 
@@ -14,7 +14,20 @@ BLENDS = ("residual", "lerp", "multiply", "gate")
 BACKENDS = ("auto", "torch", "triton")
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _NamesItsFields(msgspec.StructMeta):
+    """Turns an unknown option into an error that names the nearest one."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        known = cls.__struct_fields__
+        for option in options:
+            if option not in known:
+                raise UnknownNameError("option", option, known)
+        return super().__call__(*args, **options)
+
+
+class Config(
+    msgspec.Struct, metaclass=_NamesItsFields, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Options of a compiled model.
 
     seeds_per_layer: seeds of every site: a ceiling (int), a strict `{path pattern: n}`, or `"auto"`.
@@ -49,6 +62,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        for option in ("kinds", "include", "exclude"):
+            value = getattr(self, option)
+            if isinstance(value, str):
+                raise ConfigError(f"{option}={value!r} is one text; write {option}=({value!r},)")
+        self._check_types()
+        if not self.include:
+            raise ConfigError('include=() leaves every layer out; the default is ("*",)')
         spl = self.seeds_per_layer
         counts = spl.items() if isinstance(spl, dict) else [("", spl)] if isinstance(spl, int) else []
         for pattern, count in counts:
@@ -76,6 +96,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise UnknownNameError("backend", self.backend, BACKENDS)
         if not self.blueprints:
             raise ConfigError("blueprint=() names none; name at least one")
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in self.__struct_fields__:
+            value = getattr(self, option)
+            plain = tuple(value) if isinstance(value, list) else value
+            try:
+                msgspec.convert(plain, hints[option], strict=True)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{option}={value!r} is not of the right type: {error}") from None
 
     @property
     def blueprints(self) -> tuple[str, ...]:

@@ -37,6 +37,13 @@ def parameter_home(owner: nn.Module, name: str, feature_axis: int) -> ParameterH
     parameter = owner._parameters.get(name)
     if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS or parameter.is_meta:
         return f"{name!r} is no plain floating-point parameter of its module"
+    if isinstance(owner, nn.MultiheadAttention):
+        # Its forward hands the weights to one fused call; the packed ones are [3 * embed_dim, embed_dim].
+        if name == "in_proj_weight":
+            return ParameterHome(name, 0, "in_proj_bias" if owner.in_proj_bias is not None else None)
+        if owner.in_proj_bias is None:
+            return ParameterHome(name, 0, None)
+        return "its bias is packed with those of the other projections"
     try:
         graph = _Own().trace(owner)
     except Exception as error:  # whatever the user's forward raises when it meets a proxy

@@ -356,7 +356,7 @@ class _Search:
             owns_input=self._owns_input(path, module),
             quantized=shape.quantized,
             executed=executed,
-            note=note,
+            note="; ".join(filter(None, (note, self._fold_note(path, attention is not None)))),
             parts=3 if attention is not None and path.endswith(PACKED) else 1,
         )  # fmt: skip
 
@@ -413,6 +413,16 @@ class _Search:
                 )
             )
         return tuple(result)
+
+    def _fold_note(self, path: str, attention: bool) -> str:
+        """What must be known before a seed is grown there: a functional layer has no module to hang one into."""
+        others = [name for name in self.config.blueprints if name != "affine"]
+        functional = attention or path in self.calls
+        return (
+            f"a functional layer: fold takes back affine, not {', '.join(others)}"
+            if functional and others
+            else ""
+        )
 
     def _block(
         self, site: Site, kinds: dict[str, str], features: dict[str, int], calls: dict[str, int]

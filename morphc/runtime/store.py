@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from morphc.config import Config
-from morphc.errors import NotMorphedError
+from morphc.errors import NotMorphedError, SeedError
 from morphc.lifecycle import Lifecycle, Mode, mode_of
 from morphc.runtime import fastpath
 from morphc.runtime.forward import SiteForward
@@ -123,6 +123,9 @@ class SeedStore:
 
     def step_optimizer(self, **options: Any) -> None:
         """One AdamW step of every slot whose seed's state trains; options as for `adamw_rows`."""
+        lr = options.get("lr")
+        if not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
+            raise SeedError(f"lr={lr!r} is no learning rate; give lr=, finite and not negative")
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for _, bank in site.slots.items():
