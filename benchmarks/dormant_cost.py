@@ -3,8 +3,13 @@
 One process, one thread. Plain and compiled steps alternate, and a sample is the ratio of their times over 16
 steps each (so a sample holds telemetry's share whether it is due every step or every 16th); the figure is
 the median of the samples, with the range of their middle half. For scale, the same for hand-written forward
-hooks (mean, variance and dormant fraction of 32 chunks) and for PEFT's LoRA with its adapter disabled. And
-one dormant site alone: 1000 seeds on 128 x 2048.
+hooks (mean, variance and dormant fraction of 32 chunks) and for PEFT's LoRA with its adapter disabled. "plain
+again" is the noise floor. And one dormant site alone: 1000 seeds on 128 x 2048. Exits with 1 if a target is
+missed.
+
+Freed memory is kept by the process (glibc's mallopt), for all contenders alike: otherwise the C library gives
+the gradients' memory back to the system after some steps and not after others, by where the tensors of a copy
+happen to lie, and paging them in again costs up to a fifth of the MLP's step.
 
     python benchmarks/dormant_cost.py [--quick] [--out benchmarks/results/dormant_cost.json]
 """
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import platform
 import statistics
@@ -49,7 +55,17 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, length, width)
         x = x + self.out(mixed)
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        out: Tensor = x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        return out
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc neither map large blocks one by one nor trim its heap; False where it is not glibc's."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
@@ -175,8 +191,9 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    kept = keep_freed_memory()
     rows: list[dict[str, Any]] = []
-    for name, make, samples in (("mlp", mlp, 60), ("block", block, 16)):
+    for name, make, samples in (("mlp", mlp, 96), ("block", block, 24)):
         if options.only not in (None, name):
             continue
         samples = samples // 4 if options.quick else samples
@@ -188,13 +205,13 @@ def main() -> int:
                 contenders.append((f"{seeds} seeds, telemetry every {every}", model, target))
         contenders.append(("hooks on 32 chunks, every step", with_hooks(host), None))
         contenders.append(("PEFT LoRA, disabled", with_peft(host), None))
-        for label, model, target in contenders:
-            row = {"model": name, "what": label, **ratio(host, model, x, samples), "target": target}
+        for label, model, bound in contenders:
+            row = {"model": name, "what": label, **ratio(host, model, x, samples), "target": bound}
             rows.append(row)
-            missed = "  above its target" if target is not None and row["ratio"] > target else ""
+            note = "  above its target" if bound is not None and row["ratio"] > bound else ""
             low, high = row["middle_half"]
             figures = f"{row['ratio']:.3f}  [{low:.3f}, {high:.3f}]  plain {row['plain_step_ms']:.2f} ms"
-            print(f"{name:6s} {label:34s} {figures}{missed}", flush=True)
+            print(f"{name:6s} {label:34s} {figures}{note}", flush=True)
     result: dict[str, Any] = {"steps": rows}
     if options.only in (None, "site"):
         result["one_site_1000_seeds_128x2048"] = one_site(400)
@@ -203,10 +220,14 @@ def main() -> int:
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": 1,
+        "freed_memory_kept": kept,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    missed = [row for row in rows if row["target"] is not None and row["ratio"] > row["target"]]
+    missed = [row["what"] for row in rows if row["target"] is not None and row["ratio"] > row["target"]]
+    site = result.get("one_site_1000_seeds_128x2048")
+    if site and site["median_ms"] >= SITE_TARGET_MS:
+        missed.append("one site")
     return 1 if missed else 0
 
 

@@ -1,23 +1,30 @@
-"""The telemetry of `telemetry.py` for tensors in host memory: same sums, a third of the time.
+"""The telemetry of `telemetry.py` for tensors in host memory: the same sums, by few calls.
 
-What is different: the passes over the rows go block by block, so that a block stays in the second-level
-cache; whatever has one entry a feature or a seed is left to numpy, which shares the memory and costs less to
-call; chunks of a few features are summed by products of neighbours, as short inner reductions cost per
-result; and whether values need masking, or an epilogue needs computing, is read off the extremes that are
-found anyway.
+Inside a training step every call finds its code and its data out of the caches, so what counts is how many
+calls there are, how often they go over the values, and how much they write beside them. Of a piece of the
+rows:
+
+    squares      summed down the columns without being stored, then over the chunks
+    peak         the larger of the largest and the negated least
+    zeros        comparisons, summed as bytes, 255 rows at a time
+    total        sums of every chunk in a row, products with ones, summed over the rows,
+    row_squares  and their squares likewise
+
+Arrays are made once a thread and reused. The products are numpy's, cut into parts too small for its BLAS to
+hand out to threads: they are less work than waking one.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from morphc.kernels.reference.activations import (
     DEAD_BELOW_ZERO,
@@ -26,64 +33,72 @@ from morphc.kernels.reference.activations import (
     activation,
 )
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements of a block of rows: a MiB in float32."""
+PIECE_ELEMENTS = 1 << 17
+"""Elements of a piece of the rows, which is to stay in the second-level cache between the passes."""
 
-LAGS = 3
-"""Chunks up to this width get their row sums from products of neighbouring columns, wider ones from a
-product with ones.
-"""
+BYTE = 255
+"""As many ones can be counted in a byte."""
 
-TILE = 64
-"""Narrow even chunks are summed by a block-diagonal matrix of about this many rows: a product with ones runs
-short.
-"""
+SHORT_ROW = 512
+"""Rows of fewer features are laid side by side where there are many, as a pass also costs per row."""
 
-NARROW = 8
+ONE_THREAD = 8192
+"""Elements of a matrix that BLAS multiplies by a vector in the calling thread; OpenBLAS's bound is 9216."""
 
-# Rows of what is gathered per column; the first four are the moments in the order of the state.
-TOTAL, SQUARES, ROW_SQUARES, DEAD, MOST, LEAST, PRODUCTS = range(7)
+UNROLLED = 4
+"""Up to this width the largest of a chunk is found slice by slice: short reductions cost per result."""
+
+HUGE = 1e25
+"""Up to this sum of squares of a column no sum leaves the range of float32, so that no call warns of it."""
+
+FEW = 16
+"""So many float32 can be summed in a row without a digit lost that counts."""
+
+ZERO = np.zeros((), np.float32)
+"""A Python number would be converted every time."""
+
+METERS = 512
+"""A thread keeps so many."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Array = NDArray[Any]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+RowProduct = tuple[slice | None, tuple[int, ...], Array | None, Array]
+
+
+class Run(NamedTuple):
+    """Neighbouring chunks of one width, and the slices they take of [S] and [F]."""
+
+    seed: int
+    chunks: int
+    feature: int
+    width: int
+
+    @property
+    def seeds(self) -> slice:
+        """Of [S]."""
+        return slice(self.seed, self.seed + self.chunks)
+
+    @property
+    def features(self) -> slice:
+        """Of [F]."""
+        return slice(self.feature, self.feature + self.chunks * self.width)
+
+    def parts(self) -> Iterator[Run]:
+        """Runs short enough for `ONE_THREAD`."""
+        size = max(1, ONE_THREAD // self.width)
+        for first in range(0, self.chunks, size):
+            chunks = min(size, self.chunks - first)
+            yield Run(self.seed + first, chunks, self.feature + first * self.width, self.width)
 
 
 class Cut(NamedTuple):
-    """A split as numpy arrays [S]; `together[l - 1]` [F - l] says where columns c and c + l are of one
-    chunk, doubled.
-    """
+    """A split: `starts` and `widths` are [S]."""
 
     starts: Ints
     widths: Ints
-    base: int
-    wider: int
-    widest: int
-    edge: int
-    together: tuple[NDArray[np.float32], ...]
-
-
-class HostSums(NamedTuple):
-    """`telemetry.Sums` around a given shift; `moments` [4, S] is total, squares, row squares, zeros."""
-
-    moments: NDArray[Any]
-    peak: NDArray[Any]
-
-
-class _Workspace(threading.local):
-    """Buffers of a thread, kept: fresh ones of this size would be paged in every time."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def get(self, rows: int, features: int, dtype: torch.dtype) -> Tensor:
-        size = rows * features
-        buffer = self.buffers.get(dtype)
-        if buffer is None or buffer.shape[0] < size:
-            buffer = self.buffers[dtype] = torch.empty(max(size, BLOCK_ELEMENTS), dtype=dtype, device="cpu")
-        return buffer[:size].view(rows, features)
-
-
-_workspace = _Workspace()
+    runs: tuple[Run, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -93,179 +108,288 @@ def cut_of(features: int, seeds: int) -> Cut:
     widths = np.full(seeds, base, dtype=np.int64)
     widths[:wider] += 1
     starts = np.concatenate((np.zeros(1, dtype=np.int64), widths.cumsum()[:-1]))
-    widest = base + (wider > 0)
-    owner = np.arange(seeds).repeat(widths)
-    lags = range(1, widest) if widest <= LAGS else ()
-    together = tuple(np.float32(2.0) * (owner[lag:] == owner[:-lag]) for lag in lags)
-    return Cut(starts, widths, base, wider, widest, wider * (base + 1), together)
+    runs = (Run(0, wider, 0, base + 1), Run(wider, seeds - wider, wider * (base + 1), base))
+    return Cut(starts, widths, tuple(run for run in runs if run.chunks))
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def first_shift(x: Tensor, cut: Cut) -> Floats:
-    """What telemetry's sums are taken around: zero, unless the first rows lie further from it than twice
-    their spread.
+def first_shift(values: Array, cut: Cut) -> Floats:
+    """What telemetry's sums are taken around: zero, unless the first rows lie further from it than four
+    times their spread.
 
     Then the means of the chunks over those rows, as sums around zero would lose their digits.
     """
-    block = x[: _block_rows(x)].double().numpy()
-    count = cut.widths * len(block)
-    mean = np.add.reduceat(block.sum(0), cut.starts) / count
-    square = np.add.reduceat(np.einsum("rc,rc->c", block, block), cut.starts) / count
-    if (mean * mean <= 4 * (square - mean * mean)).all():
+    head = values[: max(1, 2 * PIECE_ELEMENTS // values.shape[1])].astype(np.float64)
+    count = cut.widths * len(head)
+    mean = np.add.reduceat(head.sum(0), cut.starts) / count
+    square = np.add.reduceat(np.einsum("rc,rc->c", head, head), cut.starts) / count
+    if (mean * mean <= 16 * (square - mean * mean)).all():
         return np.zeros_like(mean)
-    return mean if x.dtype == torch.float64 else mean.astype(np.float32).astype(np.float64)
+    return mean.astype(values.dtype).astype(np.float64)
 
 
-def center_of(shift: Floats, cut: Cut, x: Tensor) -> Tensor:
-    """The shift as [F], in the type that sums are formed in; empty where it is zero."""
-    wide = torch.from_numpy(shift.repeat(cut.widths)).to(_wide(x))
-    return wide if shift.any() else wide[:0]
+def center_of(shift: Floats, cut: Cut, dtype: np.dtype[Any]) -> Array | None:
+    """The shift as [F], in the type that sums are formed in; None where it is zero."""
+    return shift.repeat(cut.widths).astype(dtype) if shift.any() else None
 
 
-@np.errstate(invalid="ignore", over="ignore")
-def measure_host(
-    x: Tensor, center: Tensor, cut: Cut, epilogue: str | None, near_zero: float
-) -> HostSums | None:
-    """x: [rows, F] in host memory, detached. None where a value is not finite: those take the masked form."""
-    rows, features = x.shape
-    block = _block_rows(x)
-    blocks = -(-rows // block)
-    columns = torch.zeros(blocks, 6 + len(cut.together), features, dtype=center.dtype, device="cpu")
-    row_sums = np.zeros((blocks, 2, len(cut.starts))) if cut.widest > LAGS else None
-    for index in range(blocks):
-        part = x if blocks == 1 else x[index * block : (index + 1) * block]
-        if part.dtype != center.dtype:
-            part = part.to(center.dtype)
-        main = part
-        out = columns[index]
-        torch.amax(part, 0, out=out[MOST])
-        torch.amin(part, 0, out=out[LEAST])
-        _dead(part, epilogue, near_zero, out)
-        if len(center):
-            main = torch.sub(part, center, out=_workspace.get(part.shape[0], features, center.dtype))
-        _moments(main, cut, out, row_sums[index] if row_sums is not None else None)
-    return _gather(columns, row_sums, cut)
+class _Kept(threading.local):
+    """What a thread reuses: fresh memory of this size would be paged in every time."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, np.dtype[Any]], Array] = {}
+        self.meters: dict[tuple[Any, ...], Meter] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], kind: Any) -> Array:
+        size, key = math.prod(shape), (name, np.dtype(kind))
+        found = self.arrays.get(key)
+        if found is None or len(found) < size:
+            found = self.arrays[key] = np.empty(max(size, PIECE_ELEMENTS), kind)
+        return found[:size].reshape(shape)
+
+    def meter(self, *key: Any) -> Meter:
+        found = self.meters.get(key)
+        if found is None:
+            if len(self.meters) >= METERS:
+                self.meters.clear()
+            found = self.meters[key] = Meter(*key)
+        return found
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+_kept = _Kept()
 
 
-def _block_rows(x: Tensor) -> int:
-    return max(1, min(x.shape[0], BLOCK_ELEMENTS // x.shape[1]))
+def meter_of(
+    rows: int, features: int, seeds: int, wide: np.dtype[Any], epilogue: str | None, near_zero: float
+) -> Meter:
+    """What measures [rows, F] for the calling thread; to be used before it is asked for another."""
+    abreast = 1
+    if rows >= SHORT_ROW and features % seeds == 0:  # side by side, equal chunks are an equal split again
+        abreast = _divisor(rows, SHORT_ROW // features)
+    return _kept.meter(rows, features, seeds, abreast, wide, epilogue, near_zero)
 
 
-def _moments(main: Tensor, cut: Cut, out: Tensor, row_out: Floats | None) -> None:
-    """Per column the sum of squares, and the sum with products of the columns behind; or per chunk its row
-    sums.
+class Piece(NamedTuple):
+    """Some of the rows, and where what is found of their columns and chunks goes."""
+
+    rows: slice
+    squares: Array
+    most: Array
+    least: Array
+    dead: Array
+    mask: Array
+    mask_bytes: tuple[Array, ...]
+    dead_bytes: Array
+    centered: Array
+    row_products: list[RowProduct]
+    row_sums: list[Call]
+    single_total: Array | None
+
+
+class Meter:
+    """Measures activations of one shape.
+
+    `moments` [4, S] (total, squares, row squares, zeros) and `peak` [S] are what the last one gave. What is
+    to be done with the meter's own arrays is written down once, as calls.
     """
-    shared = main.numpy()
-    # einsum multiplies and sums in one pass, without a product in memory.
-    np.einsum("rc,rc->c", shared, shared, out=out[SQUARES].numpy())
-    if row_out is not None:
-        _row_sums(main, cut, row_out)
-        return
-    torch.sum(main, 0, out=out[TOTAL])
-    for lag, weight in enumerate(cut.together, 1):
-        # The widest lag only occurs in the wider chunks, which stand first.
-        stop = cut.edge if cut.wider and lag == cut.widest - 1 else len(weight) + lag
-        product = out[PRODUCTS + lag - 1].numpy()[: stop - lag]
-        np.einsum("rc,rc->c", shared[:, : stop - lag], shared[:, lag:stop], out=product)
 
+    def __init__(
+        self,
+        rows: int,
+        features: int,
+        seeds: int,
+        abreast: int,
+        wide: np.dtype[Any],
+        epilogue: str | None,
+        near_zero: float,
+    ) -> None:
+        self.epilogue, self.near_zero = epilogue, near_zero
+        self.far = DEAD_FAR_BELOW_ZERO.get(epilogue or "identity", 0.0)
+        self.dead_below = near_zero == 0.0 and epilogue in DEAD_BELOW_ZERO
+        at_zero = epilogue is None or epilogue in DEAD_ONLY_AT_ZERO or self.far < 0.0
+        self.dead_at_zero = near_zero == 0.0 and at_zero
+        self.wide, self.abreast = wide, abreast
 
-def _row_sums(main: Tensor, cut: Cut, out: Floats) -> None:
-    """The sum of every chunk in a row, summed over the rows into out[0], and squared into out[1]."""
-    rows = main.shape[0]
-    groups = ((0, cut.wider, cut.base + 1), (cut.edge, len(cut.starts) - cut.wider, cut.base))
-    place = 0
-    for start, count, width in groups:
-        if not count:
-            continue
-        values = main[:, start : start + count * width].reshape(-1)
-        tile = TILE // width
-        if width < NARROW and rows * count % tile == 0:
-            summed = torch.mm(values.view(-1, tile * width), _tile(width, main.dtype))
+        rows, features, seeds = rows // abreast, features * abreast, seeds * abreast
+        self.shape = rows, features
+        pieces = -(-rows // max(1, PIECE_ELEMENTS // features))
+        size = -(-rows // pieces)
+        starts = range(0, rows, size)
+        runs = cut_of(features, seeds).runs
+        wider = [run for run in runs if run.width > 1]
+        self.single = next((run.features for run in runs if run.width == 1), None)
+        summed = sum(run.chunks for run in wider)
+
+        # One piece's sums are those of the whole. Many are added up in float64.
+        several = len(starts) > 1
+        total = np.dtype(np.float64) if len(starts) > FEW else wide
+        self.moments, self.peak = np.zeros((4, seeds), total), np.zeros(seeds, wide)
+        self.columns = np.zeros((2, features), total) if wider else self.moments[1::2]
+        self.piece_columns = np.zeros((len(starts), 2, features), wide) if several else self.columns[None]
+        self.extremes = np.zeros((2, len(starts), features), wide)
+        self.largest = np.zeros(features, wide) if wider else self.peak
+        self.piece_moments = np.zeros((len(starts), 2, seeds), wide) if several else self.moments[None, 0::2]
+        self.pieces = [
+            self._piece(index, slice(start, min(start + size, rows)), wider, summed)
+            for index, start in enumerate(starts)
+        ]
+        self.folds = list(self._fold_extremes(several))
+        if several:
+            self.folds.append((np.add.reduce, (self.piece_columns, 0, total, self.columns)))
+            self.folds.append((np.add.reduce, (self.piece_moments, 0, total, self.moments[0::2])))
+        for run in runs:
+            self.folds.extend(self._fold_wide(run) if run.width > 1 else self._fold_single(run, not wider))
+        if abreast > 1:
+            moments, peak = self.moments.reshape(4, abreast, -1), self.peak.reshape(abreast, -1)
+            self.moments, self.peak = np.zeros_like(moments[:, 0]), np.zeros_like(peak[0])
+            self.folds.append((np.add.reduce, (moments, 1, None, self.moments)))
+            self.folds.append((np.maximum.reduce, (peak, 0, None, self.peak)))
+
+    def measure(self, x: Array, center: Array | None) -> bool:
+        """x: [rows, F] around `center` [F]. False, with nothing found, where a value is not finite or huge."""
+        if self.abreast > 1:
+            x = x.reshape(self.shape)
+            center = None if center is None else np.tile(center, self.abreast)
+        for piece in self.pieces:
+            part = x[piece.rows]
+            np.maximum.reduce(part, 0, None, piece.most)
+            np.minimum.reduce(part, 0, None, piece.least)
+            main = part if center is None else np.subtract(part, center, piece.centered)
+            np.einsum("rc,rc->c", main, main, out=piece.squares)
+            if not np.maximum.reduce(piece.squares) < HUGE:
+                return False
+            self._count_dead(part, piece)
+            for features, shape, ones, out in piece.row_products:
+                values = (main if features is None else main[:, features]).reshape(shape)
+                if ones is None:
+                    np.add.reduce(values, -1, None, out)
+                else:
+                    np.matmul(values, ones, out)
+            for function, operands in piece.row_sums:
+                function(*operands)
+            if self.single:
+                np.add.reduce(main[:, self.single], 0, None, piece.single_total)
+        for function, operands in self.folds:
+            function(*operands)
+        return True
+
+    def _piece(self, index: int, rows: slice, wider: list[Run], summed: int) -> Piece:
+        count, features = rows.stop - rows.start, self.shape[1]
+        mask = _kept.array("mask", (count, features), np.bool_)
+        blocks = -(-count // BYTE)
+        in_rows = _kept.array("in_rows", (2, count, summed), self.wide)
+        squares, dead = self.piece_columns[index]
+        sums = self.piece_moments[index]
+        return Piece(
+            rows=rows,
+            squares=squares,
+            most=self.extremes[0, index],
+            least=self.extremes[1, index],
+            dead=dead,
+            mask=mask,
+            mask_bytes=tuple(mask[first::blocks].view(np.uint8) for first in range(blocks)),
+            dead_bytes=np.zeros(features, np.uint8),
+            centered=_kept.array("centered", (count, features), self.wide),
+            row_products=[_row_product(part, in_rows[0], features) for run in wider for part in run.parts()],
+            row_sums=_row_sums(in_rows, sums[:, :summed]) if wider else [],
+            single_total=sums[0, summed:] if self.single else None,
+        )
+
+    def _fold_extremes(self, several: bool) -> Iterator[Call]:
+        most, least = self.extremes[:, 0]
+        if several:
+            yield np.maximum.reduce, (self.extremes[0], 0, None, most)
+            yield np.minimum.reduce, (self.extremes[1], 0, None, least)
+        yield np.negative, (least, least)
+        yield np.maximum, (most, least, self.largest)
+
+    def _fold_wide(self, run: Run) -> Iterator[Call]:
+        largest, out = self.largest[run.features].reshape(run.chunks, run.width), self.peak[run.seeds]
+        if run.width > UNROLLED:
+            yield np.maximum.reduce, (largest, 1, None, out)
         else:
-            summed = torch.mv(values.view(-1, width), torch.ones(width, dtype=main.dtype))
-        shared = summed.view(rows, count).numpy()
-        out[0, place : place + count] = shared.sum(0)
-        out[1, place : place + count] = np.einsum("rc,rc->c", shared, shared)
-        place += count
+            yield np.maximum, (largest[:, 0], largest[:, 1], out)
+            for column in range(2, run.width):
+                yield np.maximum, (out, largest[:, column], out)
+        for part in run.parts():
+            columns = self.columns[:, part.features].reshape(2, part.chunks, part.width)
+            sums = self.moments[1::2, part.seeds]
+            if part.width > ONE_THREAD:
+                yield np.add.reduce, (columns, -1, None, sums)
+            else:
+                yield np.matmul, (columns, np.ones(part.width, sums.dtype), sums)
+
+    def _fold_single(self, run: Run, alone: bool) -> Iterator[Call]:
+        if not alone:
+            yield np.copyto, (self.peak[run.seeds], self.largest[run.features])
+            yield np.copyto, (self.moments[1::2, run.seeds], self.columns[:, run.features])
+        yield np.copyto, (self.moments[2, run.seeds], self.moments[1, run.seeds])
+
+    def _count_dead(self, x: Array, piece: Piece) -> None:
+        """How many of each column are dead behind the epilogue."""
+        if self.dead_below:
+            np.less_equal(x, ZERO, piece.mask)
+            _sum_mask(piece)
+        elif self.dead_at_zero:
+            np.equal(x, ZERO, piece.mask)
+            if np.logical_or.reduce(piece.mask, None):
+                _sum_mask(piece)
+            else:
+                piece.dead.fill(0)
+            if self.far and np.minimum.reduce(piece.least) < self.far:
+                self._dead_far_below(x, piece)
+        else:
+            value = x if self.epilogue is None else activation(self.epilogue)(torch.from_numpy(x)).numpy()
+            np.less_equal(np.absolute(value), self.near_zero, piece.mask)
+            _sum_mask(piece)
+
+    def _dead_far_below(self, x: Array, piece: Piece) -> None:
+        """Columns that reach below `far` need the function itself; they are few."""
+        chosen = np.flatnonzero(piece.least < self.far)
+        if self.epilogue is not None:
+            after = activation(self.epilogue)(torch.from_numpy(x[:, chosen]))
+            piece.dead[chosen] = (after == 0).sum(0).numpy()
 
 
-@lru_cache(maxsize=64)
-def _tile(width: int, dtype: torch.dtype) -> Tensor:
-    return torch.eye(TILE // width, dtype=dtype).repeat_interleave(width, 0)
+def _row_product(part: Run, out: Array, features: int) -> RowProduct:
+    """How the sums of the chunks of every row are found: of which features, as what, by what, to where."""
+    rows, sums = len(out), out[:, part.seeds]
+    ones = np.ones(part.width, out.dtype) if part.width <= ONE_THREAD else None
+    if part.chunks * part.width < features:
+        return part.features, (rows, part.chunks, part.width), ones, sums
+    together = _divisor(rows, ONE_THREAD // features) * part.chunks
+    return None, (-1, together, part.width), ones, sums.reshape(-1, together)
 
 
-def _dead(part: Tensor, epilogue: str | None, near_zero: float, columns: Tensor) -> None:
-    """How many of a column are dead behind the epilogue.
-
-    The comparison is written as floats where it has to be summed, since summing booleans is ten times slower.
-    """
-    out = columns[DEAD]
-    mask = _workspace.get(part.shape[0], part.shape[1], part.dtype)
-    if near_zero == 0.0:
-        if epilogue in DEAD_BELOW_ZERO:
-            torch.le(part, 0, out=mask)
-            torch.sum(mask, 0, out=out)
-            return
-        far = DEAD_FAR_BELOW_ZERO.get(epilogue or "identity")
-        if epilogue is None or epilogue in DEAD_ONLY_AT_ZERO or far:
-            if np.equal(part.numpy(), 0).any():
-                torch.eq(part, 0, out=mask)
-                torch.sum(mask, 0, out=out)
-            if far and epilogue is not None:
-                _dead_far_below(part, epilogue, far, columns)
-            return
-    value = part if epilogue is None else activation(epilogue)(part)
-    torch.le(value.abs(), near_zero, out=mask)
-    torch.sum(mask, 0, out=out)
-
-
-def _dead_far_below(part: Tensor, epilogue: str, far: float, out: Tensor) -> None:
-    """Columns that reach below `far` need the function itself; they are few."""
-    columns = np.flatnonzero(out[LEAST].numpy() < far)
-    if len(columns):
-        chosen = torch.from_numpy(columns)
-        after = activation(epilogue)(part.index_select(1, chosen))
-        out[DEAD].index_copy_(0, chosen, (after == 0).sum(0, dtype=out.dtype))
-
-
-def _gather(columns: Tensor, row_sums: Floats | None, cut: Cut) -> HostSums | None:
-    if len(columns) == 1:
-        summed: NDArray[Any] = columns[0].numpy()
-        peak = np.maximum(summed[MOST], -summed[LEAST])
+def _row_sums(in_rows: Array, sums: Array) -> list[Call]:
+    """in_rows: [2, rows, S], of which the first are given and the second become their squares."""
+    rows, squares = in_rows
+    calls: list[Call] = [(np.square, (rows, squares))]
+    count, seeds = rows.shape
+    together = _divisor(count, ONE_THREAD // seeds)
+    parts = in_rows.reshape(2, -1, together, seeds)
+    ones = np.ones(together, rows.dtype)
+    if together == count:
+        calls.append((np.matmul, (ones, in_rows, sums)))
+    elif together > 8:
+        part_sums = np.zeros((2, count // together, seeds), rows.dtype)
+        calls.append((np.matmul, (ones, parts, part_sums)))
+        calls.append((np.add.reduce, (part_sums, 1, None, sums)))
     else:
-        shared = columns.numpy()
-        peak = np.maximum(shared[:, MOST].max(0), -shared[:, LEAST].min(0))
-        summed = columns.sum(0).numpy()
-    # A NaN or an Inf is among the peaks, and so in their largest.
-    if not math.isfinite(peak.max()):
-        return None
-    if cut.widest == 1:
-        summed[ROW_SQUARES] = summed[SQUARES]
-        return HostSums(summed[: DEAD + 1], peak)
-    if cut.together:
-        # (row sum)^2 is the squares and twice the products of all pairs.
-        summed[ROW_SQUARES] = summed[SQUARES]
-        for weight, products in zip(cut.together, summed[PRODUCTS:], strict=True):
-            summed[ROW_SQUARES, : len(weight)] += weight * products[: len(weight)]
-    moments = _fold(summed[: DEAD + 1].astype(np.float64), cut, np.add)
-    if row_sums is not None:
-        moments[TOTAL], moments[ROW_SQUARES] = row_sums.sum(0)
-    return HostSums(moments, _fold(peak, cut, np.maximum))
+        calls.append((np.add.reduce, (in_rows, 1, None, sums)))
+    return calls
 
 
-def _fold(values: NDArray[Any], cut: Cut, function: np.ufunc) -> NDArray[Any]:
-    """Reduce [..., F] to [..., S]; narrow chunks by adding slices, which beats short inner reductions."""
-    if cut.widest > LAGS:
-        return function.reduceat(values, cut.starts, axis=-1)
-    parts = []
-    for start, stop, width in ((0, cut.edge, cut.base + 1), (cut.edge, values.shape[-1], cut.base)):
-        if start < stop:
-            folded = values[..., start:stop:width]
-            for column in range(1, width):
-                folded = function(folded, values[..., start + column : stop : width])
-            parts.append(folded)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+def _sum_mask(piece: Piece) -> None:
+    """Summing bytes as bytes is ten times as fast as summing them as anything wider."""
+    first, *others = piece.mask_bytes
+    np.add.reduce(first, 0, np.uint8, piece.dead_bytes)
+    piece.dead[:] = piece.dead_bytes
+    for block in others:
+        np.add.reduce(block, 0, np.uint8, piece.dead_bytes)
+        np.add(piece.dead, piece.dead_bytes, piece.dead)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`, at least 1."""
+    return next((d for d in range(min(number, most), 1, -1) if number % d == 0), 1)

@@ -7,33 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from morphc.errors import SeedError
 from morphc.lifecycle import Mode
 from morphc.runtime import active
 from morphc.runtime.bank import SlotBank
-from morphc.runtime.telemetry import accumulate, accumulate_gradient, due_in_graph, measurable
+from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, due_in_graph
 
 if TYPE_CHECKING:
     from morphc.runtime.state import SeedState
 
 
+_backward_task = torch._C._current_graph_task_id
+
+
 class Pulse:
     """Counts a site's training forwards in eager mode; assigning to a module's attribute would be slow.
 
-    The rest is remembered for speed, and never copied or pickled: `views` of the site's rows in the state's
-    array `bound`, and its shift in `window` as one value a feature.
+    What the gauge remembers is for speed, and never copied or pickled.
     """
 
-    __slots__ = ("bound", "center", "count", "every", "views", "window")
+    __slots__ = ("count", "every", "gauge")
 
     def __init__(self, every: int, count: int = 0) -> None:
         self.every = every
         self.count = count
-        self.center: Tensor | None = None
-        self.window = -1
-        self.bound: Tensor | None = None
-        self.views: Any = None
+        self.gauge: Gauge | None = None
 
     def __reduce__(self) -> tuple[type[Pulse], tuple[int, int]]:
         return Pulse, (self.every, self.count)
@@ -116,17 +116,16 @@ class SeedSite(nn.Module):
         every = pulse.every
         if not every:
             return
-        if torch.compiler.is_compiling():
+        if is_compiling():
             due_in_graph(self, y)
             return
-        if torch._C._current_graph_task_id() != -1:
+        if _backward_task() != -1:
             return  # a checkpoint computes its forward again, inside the backward
         count = pulse.count
         pulse.count = count + 1
-        if count % every == 0 and measurable(y, self):
-            accumulate(self, y.detach())
-            if self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
-                y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
+        measured = count % every == 0 and accumulate(self, y)
+        if measured and self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
+            y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
 
     def join(self, y: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """`y` with the slots of the site's seeds joined, as the state of each asks."""

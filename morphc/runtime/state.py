@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from morphc.kernels.reference.telemetry import Sums
-from morphc.kernels.reference.telemetry_cpu import (
-    Cut,
-    Floats,
-    HostSums,
-    Ints,
-    center_of,
-    first_shift,
-)
+from morphc.kernels.reference.telemetry_cpu import Array, Floats, Ints, center_of, cut_of, first_shift
 from morphc.lifecycle import TABLE, Lifecycle
 
 if TYPE_CHECKING:
@@ -166,21 +159,16 @@ def merge(kept: Tensor, counts: Tensor, widths: Tensor, new: Sums) -> None:
     counts[NONFINITE] += new.nonfinite
 
 
-def center_host(kept: Floats, counts: Ints, x: Tensor, cut: Cut) -> Tensor:
-    """The shift to measure `x` around, as [F]; seeds that have measured nothing yet take theirs from `x`."""
-    shift = kept[SHIFT]
+def center_host(kept: Floats, counts: Ints, values: Array, seeds: int) -> Array | None:
+    """The shift to measure around, as [F], or None for zero; seeds that have measured nothing yet take theirs
+    from `values` [rows, F].
+    """
+    shift, cut = kept[SHIFT], cut_of(values.shape[1], seeds)
     fresh = counts[ROWS] * cut.widths == counts[NONFINITE]
     if fresh.any():
-        first = first_shift(x, cut)
+        first = first_shift(values, cut)
         np.copyto(shift, first, where=fresh & np.isfinite(first))
-    return center_of(shift, cut, x)
-
-
-def merge_host(kept: Floats, counts: Ints, new: HostSums, rows: int) -> None:
-    """Add what was measured around the kept shift, through numpy, whose calls cost less."""
-    kept[SUM : ZEROS + 1] += new.moments
-    np.maximum(kept[PEAK], new.peak, out=kept[PEAK])
-    counts[ROWS] += rows
+    return center_of(shift, cut, values.dtype)
 
 
 def _loaded(state: nn.Module, incompatible: Any) -> None:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
 from morphc.kernels.reference.telemetry import Sums, as_rows, measure
-from morphc.kernels.reference.telemetry_cpu import cut_of, measure_host
-from morphc.runtime.state import GRAD_SAMPLES, GRAD_SQUARES, SALIENCY, center_host, merge, merge_host
+from morphc.kernels.reference.telemetry_cpu import Array, meter_of
+from morphc.runtime.state import (
+    GRAD_SAMPLES,
+    GRAD_SQUARES,
+    PEAK,
+    ROWS,
+    SALIENCY,
+    SUM,
+    ZEROS,
+    center_host,
+    merge,
+)
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
+
+PLAIN = (Tensor, torch.nn.Parameter)
+_tracing = torch._C._get_tracing_state
+_transforming = torch._C._functorch.peek_interpreter_stack
+
+HOST_TYPES = (torch.float32, torch.float64)
+"""What numpy reads as it is."""
 
 _library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -28,57 +47,142 @@ _library.define(  # type: ignore[no-untyped-call]
 
 def measurable(y: Tensor, site: SeedSite) -> bool:
     """Plain floating values of the expected width, outside of tracing and of functorch's transforms."""
+    if type(y) not in PLAIN or y.layout is not torch.strided or y.is_nested or y.is_meta:
+        return False
+    shape, axis = y.shape, site.feature_axis
     return (
-        type(y) in (Tensor, torch.nn.Parameter)
-        and y.is_floating_point()
-        and y.layout == torch.strided
-        and not y.is_nested
-        and not y.is_meta
-        and y.dim() > 0
-        and y.numel() > 0
-        and -y.dim() <= site.feature_axis < y.dim()
-        and y.shape[site.feature_axis] == site.features
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        -len(shape) <= axis < len(shape)
+        and shape[axis] == site.features
+        and 0 not in shape
+        and y.dtype.is_floating_point
+        and _untransformed()
     )
 
 
-def accumulate(site: SeedSite, y: Tensor) -> None:
-    """Measure `y`, which is detached, and add it to the site's rows of the state."""
-    state, pulse = site.state, site.pulse
-    x = y if y.dim() == 2 and site.feature_axis == -1 else as_rows(y, site.feature_axis)
-    if x.device.type != "cpu" or not state.sums.is_cpu:
-        _add_any(x, state.sums, state.counts, site.offset, site.seeds, site.epilogue, site.near_zero)
-        return
-    if pulse.bound is not state.sums:
-        rows = slice(site.offset, site.offset + site.seeds)
-        pulse.views = state.sums.numpy()[:, rows], state.counts.numpy()[:, rows]
-        pulse.bound, pulse.center = state.sums, None
-    kept, counts = pulse.views
-    cut = cut_of(site.features, site.seeds)
-    center = pulse.center
-    other_width = center is not None and (center.dtype == torch.float64) != (x.dtype == torch.float64)
-    if center is None or other_width or pulse.window != state.window:
-        center = pulse.center = center_host(kept, counts, x, cut)
-        pulse.window = state.window
-    found = measure_host(x, center, cut, site.epilogue, site.near_zero)
-    if found is None:
-        _add_any(x, state.sums, state.counts, site.offset, site.seeds, site.epilogue, site.near_zero)
-        pulse.center = None
-        return
-    merge_host(kept, counts, found, x.shape[0])
+def _untransformed() -> bool:
+    return _tracing() is None and _transforming() is None
 
 
-def _add_any(
-    x: Tensor, sums: Tensor, counts: Tensor, offset: int, seeds: int, epilogue: str | None, near_zero: float
-) -> None:
-    measured = measure(x, seeds, epilogue, near_zero)
+class Place(NamedTuple):
+    """The rows of the state that an activation's chunks have, and how it is read."""
+
+    offset: int
+    seeds: int
+    axis: int
+    epilogue: str | None
+    near_zero: float
+
+    @property
+    def rows(self) -> slice:
+        """Of the state."""
+        return slice(self.offset, self.offset + self.seeds)
+
+
+class Gauge:
+    """A place in a state in host memory, and what is remembered from one activation to the next."""
+
+    __slots__ = (
+        "center",
+        "epilogue",
+        "given",
+        "kept",
+        "kind",
+        "meter",
+        "moments",
+        "peak",
+        "place",
+        "rows",
+        "state",
+        "sums",
+        "thread",
+        "window",
+    )
+
+    def __init__(self, sums: Tensor, counts: Tensor, place: Place) -> None:
+        self.sums, self.state = sums, (sums, counts, place)
+        self.place, self.epilogue = place, place.epilogue
+        self.kept = sums.numpy()[:, place.rows], counts.numpy()[:, place.rows]
+        self.moments, self.peak, self.rows = (
+            self.kept[0][SUM : ZEROS + 1],
+            self.kept[0][PEAK],
+            self.kept[1][ROWS],
+        )
+        self.given: tuple[int, ...] = ()
+        self.kind: np.dtype[Any] | None = None
+        self.center: Array | None = None
+
+    def read(self, y: Tensor) -> Array | None:
+        """The values of `y`; None if it is not laid out as the activation before, for this thread."""
+        try:
+            values: Array = y.detach().numpy()
+        except (TypeError, RuntimeError):
+            return None  # sparse, nested, on a device, of a type that numpy lacks
+        if values.shape != self.given or values.dtype is not self.kind or get_ident() != self.thread:
+            return None
+        return values if len(self.given) == 2 else values.reshape(-1, self.given[-1])
+
+    def prepare(self, y: Tensor) -> Array | Tensor:
+        """The rows of `y` [rows, F], after which activations like it can be read at once."""
+        place = self.place
+        rows = as_rows(y.detach(), place.axis)
+        x: Array | Tensor = rows.numpy() if y.dtype in HOST_TYPES else rows
+        last = place.axis % y.dim() == y.dim() - 1
+        wide = np.dtype(np.float64 if y.dtype == torch.float64 else np.float32)
+        self.given, self.kind = tuple(y.shape) if last else (), wide
+        self.thread = get_ident()
+        self.meter = meter_of(
+            rows.shape[0], rows.shape[1], place.seeds, wide, place.epilogue, place.near_zero
+        )
+        self.window = -1  # the center is of the type that sums are formed in
+        return x
+
+    def add(self, x: Array | Tensor, window: int) -> None:
+        """x: [rows, F] as read or prepared. `window` changes whenever the state's sums are set."""
+        values: Array = x.float().numpy() if isinstance(x, Tensor) else x
+        if self.window != window:
+            self.center = center_host(*self.kept, values, self.place.seeds)
+            self.window = window
+        meter = self.meter
+        if meter.measure(values, self.center):
+            np.add(self.moments, meter.moments, self.moments)
+            np.maximum(self.peak, meter.peak, self.peak)
+            np.add(self.rows, len(values), self.rows)
+        else:
+            _add_any(torch.from_numpy(values), *self.state)
+            self.window = -1
+
+
+def accumulate(site: SeedSite, y: Tensor) -> bool:
+    """Measure `y` and add it to the site's rows of the state, if it is `measurable`; whether it was."""
+    state, gauge = site.state, site.pulse.gauge
+    sums = state._buffers["sums"]
+    assert sums is not None
+    known = gauge is not None and gauge.sums is sums and gauge.epilogue == site.epilogue
+    if gauge is not None and known and type(y) is Tensor and _untransformed():
+        x = gauge.read(y)
+        if x is not None:
+            gauge.add(x, state.window)
+            return True
+    if not measurable(y, site):
+        return False
+    place = Place(site.offset, site.seeds, site.feature_axis, site.epilogue, site.near_zero)
+    if not (y.is_cpu and sums.is_cpu):
+        _add_any(as_rows(y.detach(), place.axis), sums, state.counts, place)
+        return True
+    if gauge is None or not known:
+        gauge = site.pulse.gauge = Gauge(sums, state.counts, place)
+    gauge.add(gauge.prepare(y), state.window)
+    return True
+
+
+def _add_any(x: Tensor, sums: Tensor, counts: Tensor, place: Place) -> None:
+    """x: [rows, F], anywhere."""
+    measured = measure(x, place.seeds, place.epilogue, place.near_zero)
     if x.device != sums.device:
         moved: Any = [v.to(sums.device) if isinstance(v, Tensor) else v for v in measured]
         measured = Sums(*moved)
-    rows = slice(offset, offset + seeds)
-    widths = chunk_widths(torch.arange(seeds, device=sums.device), x.shape[1], seeds)
-    merge(sums[:, rows], counts[:, rows], widths, measured)
+    widths = chunk_widths(torch.arange(place.seeds, device=sums.device), x.shape[1], place.seeds)
+    merge(sums[:, place.rows], counts[:, place.rows], widths, measured)
 
 
 @torch.no_grad()
@@ -130,16 +234,12 @@ def _watch(
     ticks[0] = count + 1
     if count % every or y.numel() == 0:
         return
-    x = as_rows(y, axis)
-    rows = slice(offset, offset + seeds)
-    if x.is_cpu and sums.is_cpu:
-        cut = cut_of(x.shape[1], seeds)
-        kept, numbers = sums.numpy()[:, rows], counts.numpy()[:, rows]
-        found = measure_host(x, center_host(kept, numbers, x, cut), cut, epilogue or None, near_zero)
-        if found is not None:
-            merge_host(kept, numbers, found, x.shape[0])
-            return
-    _add_any(x, sums, counts, offset, seeds, epilogue or None, near_zero)
+    place = Place(offset, seeds, axis, epilogue or None, near_zero)
+    if y.is_cpu and sums.is_cpu:
+        gauge = Gauge(sums, counts, place)
+        gauge.add(gauge.prepare(y), 0)
+    else:
+        _add_any(as_rows(y, axis), sums, counts, place)
 
 
 def _add_gradient(
