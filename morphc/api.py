@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from morphc.compiler import compile_program
 from morphc.config import Config
-from morphc.errors import ConfigError
+from morphc.errors import ConfigError, MorphcWarning
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
@@ -43,9 +44,11 @@ def compile(
     and `load_state_dict(assign=True)` on either are seen, or missed, by the other: do those before compiling.
 
     The host is left as it was. Raises UnsupportedHostError, ExampleInputError, ConfigError, PlanError, PassError,
-    VerificationError, each a MorphcError.
+    VerificationError, each a MorphcError. Warns with MorphcWarning of what was asked for and has no effect.
     """
     compiled = compile_program(host, example_inputs, example_kwargs, config, plan, verify, share)
+    for line in compiled.report.warnings:
+        warnings.warn(line, MorphcWarning, stacklevel=2)
     return cast(M, compiled.model)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from morphc.checkpointfile import MANIFEST, WEIGHTS, Manifest, read_manifest, read_tensors, storable, write
 from morphc.compiler import compile_program
-from morphc.config import Config
 from morphc.errors import CheckpointError, ConfigError, PassError, PlanError
 from morphc.passes.plan import Plan
+from morphc.plancheck import config_of
 from morphc.reporting import Report
 from morphc.runtime.store import CHILD, SeedStore, root_of, store_of
 from morphc.version import __version__
@@ -49,9 +49,9 @@ def load(host: M, directory: str | os.PathLike[str]) -> M:
     tensors = read_tensors(path, manifest)
     _check_host(host, manifest, tensors, path)
     try:
-        config = msgspec.convert(manifest.plan.config, Config)
+        config = config_of(manifest.plan)
         compiled = compile_program(host, config=config, plan=manifest.plan, verify=False, share=False)
-    except (PlanError, ConfigError, PassError, msgspec.ValidationError) as error:
+    except (PlanError, ConfigError, PassError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     model = compiled.model
     _check_keys(model.state_dict(keep_vars=True), tensors, path / WEIGHTS)

@@ -56,6 +56,7 @@ class _Head(msgspec.Struct):
 
     format: str = ""
     schema_version: int = 0
+    morphc_version: str = ""
     plan: dict[str, Any] = {}
 
 
@@ -171,14 +172,21 @@ def read_manifest(directory: Path) -> Manifest:
     for field, found, known in versions:
         if found != known:
             newer = isinstance(found, int) and found > known
-            way_out = "load it with a newer morphc" if newer else "save it again with this morphc"
+            writer = f"morphc {head.morphc_version}" if head.morphc_version else "the morphc that wrote it"
             raise CheckpointError(
-                f"{path} has {field}={found}, this morphc ({__version__}) reads {known}; {way_out}"
+                f"{path} has {field}={found}, this morphc ({__version__}) reads {known}; load it with {writer}"
+                f"{' or a newer one' if newer else ''}. Without the seeds, the host's weights load from {WEIGHTS}: "
+                "host.load_state_dict(safetensors.torch.load_file(...), strict=False)"
             )
     try:
         return msgspec.json.decode(data, type=Manifest)
     except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{path}: {error}; the file was changed, save the model again") from error
+        way_out = "the file was changed, save the model again"
+        if head.morphc_version not in ("", __version__):
+            way_out = (
+                f"it was written by morphc {head.morphc_version}, this is {__version__}: load it with that"
+            )
+        raise CheckpointError(f"{path}: {error}; {way_out}") from error
 
 
 def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:

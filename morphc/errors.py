@@ -49,8 +49,16 @@ class HostForwardError(ExampleInputError):
     """The host's own forward raised; `__cause__` is what it raised and the message where."""
 
 
+class MorphcWarning(UserWarning):
+    """Something that was asked for has no effect. The report says it too."""
+
+
 class PassError(MorphcError):
     """A pass failed. The message names the pass, the node, the user's source line and where the dump is."""
+
+
+class PassOrderError(PassError, ConfigError):
+    """Passes were named in an order in which they can't run."""
 
 
 class VerificationError(MorphcError):
@@ -75,3 +83,23 @@ class SeedError(MorphcError, ValueError):
 
 class UserCodeError(MorphcError):
     """The user's model file raised, or holds no usable module."""
+
+
+class TemplateError(MorphcError):
+    """A kernel template can't be rendered; the message names the template's file and line."""
+
+
+class KernelError(MorphcError, RuntimeError):
+    """A kernel can't be built or launched on this machine; the message says what to do instead."""
+
+
+class TritonError(KernelError):
+    """Triton is missing, too old, or doesn't get along with the driver."""
+
+
+class UnsupportedKernelError(KernelError, TypeError):
+    """There is no kernel for this device or dtype."""
+
+
+class ResourceError(KernelError):
+    """A kernel needs more of the device than it has; the message names the limit."""

@@ -53,6 +53,9 @@ def load_model(target: str) -> LoadedModel:
     raised, that exception is its `__cause__`.
     """
     path, attr = split_target(target)
+    if attr == "" or target.startswith(":") or not target:
+        lacks = "name" if attr == "" else "file"
+        raise UserCodeError(f"{target!r} lacks the {lacks}; give model.py or model.py:NAME")
     with user_code(path):
         module = execute(path)
         if attr is None:
@@ -60,6 +63,8 @@ def load_model(target: str) -> LoadedModel:
         host = _build(module, attr, path)
         args = _example(module, "example_inputs", path)
         kwargs = _example(module, "example_kwargs", path)
+    if isinstance(args, dict):
+        raise UserCodeError(f"{path}: example_inputs is {_a(args)}; keyword arguments go into example_kwargs")
     if args is not None and not isinstance(args, (tuple, list)):
         args = (args,)
     if kwargs is not None and not isinstance(kwargs, dict):

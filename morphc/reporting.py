@@ -46,9 +46,10 @@ class ModuleRow(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Predicted cost of a dormant site per forward, telemetry's share included.
+    """Predicted cost of a dormant site per training step, telemetry's share included.
 
-    us: of the site; layer_us: of the host layer; share: the first over the second, NaN where that is unknown.
+    us: of the site; layer_us: of the host layer, forward and backward; share: the first over the second, NaN where
+    that is unknown.
     """
 
     us: float
@@ -76,6 +77,7 @@ class Report:
 
     plan: sites, misses and regions.
     passes: one record a pass, in the order they ran.
+    warnings: what was asked for and has no effect, as lines.
     verification: what was compared and how it went, as lines.
     graphs: region path to its transformed graph as readable Python.
     tree: a `ModuleRow` for every module.
@@ -89,6 +91,7 @@ class Report:
     graphs: Mapping[str, str] = field(default_factory=dict)
     tree: tuple[tuple[str, str, int, str], ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         # rich is only needed to print, and `import morphc` has to stay quick.
@@ -114,6 +117,7 @@ class Report:
                     }
                     for record in self.passes
                 ],
+                "warnings": self.warnings,
                 "verification": self.verification,
                 "seconds": self.seconds,
                 "graphs": list(self.graphs),

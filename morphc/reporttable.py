@@ -55,8 +55,9 @@ def _fit(table: Table, console: Console) -> None:
 
 
 def parts(report: Report) -> Iterator[RenderableType]:
-    """Headline, sites, what was not chosen, what was not rewritten, passes, verification."""
+    """Headline, warnings, sites, what was not chosen, what was not rewritten, passes, verification."""
     yield headline(report)
+    yield from (Text(f"warning: {shorten(line)}", "yellow") for line in report.warnings)
     if report.plan.sites:
         yield ""
         yield sites_table(report)
@@ -132,7 +133,7 @@ def totals_line(report: Report) -> Text:
     totals = report.totals
     line = Text()
     if totals.us is not None:
-        line.append(f"predicted cost {us_text(totals.us)} a forward")
+        line.append(f"predicted cost {us_text(totals.us)} a training step")
         line.append(f", {percent(totals.share)} of the watched layers" if totals.share is not None else "")
         line.append("\n")
     line.append("forwards captured: ")

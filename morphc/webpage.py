@@ -35,7 +35,7 @@ def render(report: Report) -> str:
         title=name,
         heading=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "\u200b", name),  # where a narrow screen may break it
         facts=facts(report),
-        verification=report.verification,
+        verification=(*(f"warning: {line}" for line in report.warnings), *report.verification),
         data=_embeddable(page_data(report)),
         text=str(report),
         version=report.plan.morphc_version,
@@ -54,7 +54,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     ]
     if totals.us is not None:
         number, _, unit = us_text(totals.us).partition(" ")
-        found.append((number, unit, "predicted, a forward"))
+        found.append((number, unit, "predicted, a training step"))
     if totals.share is not None:
         found.append((percent(totals.share).removesuffix("%"), "%", "of the watched layers"))
     if report.seconds:

@@ -8,7 +8,8 @@ Seeds, by `Config.seeds_per_layer`:
    A site of several `parts` (the packed q | k | v of an attention) has a count that cuts each part alike, so that no
    chunk has features of two: at least one seed a part, otherwise the largest such count that the rules allow.
 
-Slots: what `Config.slots` says, or min(seeds, max(4, 10 %)) of all sites within 2 % of the host's memory.
+Slots: what `Config.slots` says, up to 16 a seed, or min(seeds, max(4, 10 %)) of all sites within 2 % of the host's
+memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ ALIGNMENTS = (16, 8)
 UNKNOWN_ROWS = 1024
 # Weights of all slots against the host's own. Gradients and moments come on top of both alike.
 MEMORY_SHARE = 0.02
+# Slots that one seed can put to use: so many candidates can be trained for it side by side.
+MOST_SLOTS_A_SEED = 16
 SPEC_KINDS = ("forward", "backward", "train")
 
 Overhead = Callable[[Site, int], float]
@@ -165,6 +168,9 @@ def plan_chunks(
     for site, count in zip(chosen, slots, strict=True):
         layer = layers[site.path]
         usable, note = usable_blueprints(site, config, layer.conv)
+        if usable and config.slots is not None and count < config.slots:
+            fewer = f"{config.slots} slots asked for, {count} are of use: {MOST_SLOTS_A_SEED} for each seed"
+            note = _joined(note, fewer)
         site = replace(site, slots=count, note=_joined(site.note, note))
         shape = site_shape(site, config, usable[0] if usable else None, layer.conv)
         rows = site.rows or UNKNOWN_ROWS
@@ -361,7 +367,10 @@ def _slots(
     """Slots of every site; none where no blueprint can stand."""
     usable = [usable_blueprints(site, config, layers[site.path].conv)[0] for site in sites]
     if config.slots is not None:
-        return [config.slots if names else 0 for names in usable]
+        return [
+            min(config.slots, MOST_SLOTS_A_SEED * site.seeds) if names else 0
+            for site, names in zip(sites, usable, strict=True)
+        ]
     each = [
         _slot_bytes(site, config, names, layers[site.path].conv)
         for site, names in zip(sites, usable, strict=True)

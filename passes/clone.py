@@ -5,11 +5,12 @@ module objects are new, and whatever pointed at an old module from inside the tr
 
 1. children, ties between them included (one clone for each module object);
 2. modules, and bound methods of modules, kept in plain attributes: in lists, tuples, dicts (keys too), sets,
-   partials, weak references, closures and default arguments, and in objects of the user's own classes, which are
-   copied when a module is in them;
+   partials, weak references, proxies and containers, closures and default arguments, and in objects of the user's own
+   classes (in their `__dict__` or `__slots__`), which are copied when a module is in them;
 3. hooks: the dicts are new (a hook put on the clone is not on the host), bound-method hooks are rebound.
 
-TorchScript modules can't be cloned (their state lives in C++) and are shared as they are.
+TorchScript modules can't be cloned (their state lives in C++) and are shared as they are. What is found in none
+of these ways (a module in a global table, in a class attribute, in an object of C) stays the host's: `verify` says so.
 """
 
 from __future__ import annotations
@@ -25,10 +26,21 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from morphc.passes.isolation import MAX_DEPTH, is_users_object, private_copy, shallow
+from morphc.passes.isolation import (
+    MAX_DEPTH,
+    behind,
+    give,
+    held_by,
+    is_proxy,
+    is_users_object,
+    private_copy,
+    shallow,
+    slot_names,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
+_WEAK_CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -78,7 +90,8 @@ def _all_modules(
         if isinstance(module, torch.jit.ScriptModule):
             continue
         own = attributes(module)
-        stack.extend(child for child in own["_modules"].values() if child is not None)
+        for child in own["_modules"].values():
+            stack.extend(_modules_in(child, walked))
         for name, value in own.items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 stack.extend(hook.__self__ for hook in value.values() if _is_method_of_module(hook))
@@ -92,6 +105,8 @@ def _is_method_of_module(hook: object) -> bool:
 
 def _modules_in(value: object, walked: set[int], depth: int = 0) -> list[nn.Module]:
     """Modules inside a plain attribute's value. `walked`: ids of what was looked into before."""
+    if is_proxy(value):
+        value = behind(value)
     if isinstance(value, nn.Module):
         return [value]
     if depth >= MAX_DEPTH or isinstance(value, str | int | float | torch.Tensor | type(None)):
@@ -116,12 +131,20 @@ def _parts(value: object) -> list[Any]:
     if isinstance(value, types.FunctionType):
         cells = [_contents(cell) for cell in value.__closure__ or ()]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    inside = list(vars(value).values()) if is_users_object(value) else []
+    if isinstance(value, _WEAK_CONTAINERS):
+        return _weak_items(value)
+    inside = list(held_by(value).values()) if is_users_object(value) else []
     if isinstance(value, dict):
         return [*inside, *(key for key in value if isinstance(key, nn.Module)), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):
         return [*inside, *value]
     return inside
+
+
+def _weak_items(value: Any) -> list[Any]:
+    if isinstance(value, weakref.WeakSet):
+        return list(value)
+    return [part for pair in list(value.items()) for part in pair]
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -140,6 +163,10 @@ class _Rebinder:
         self.without: set[int] = set()
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
+        if is_proxy(value):
+            target = behind(value)
+            fresh = self(target) if isinstance(target, nn.Module) else target
+            return value if fresh is target else weakref.proxy(fresh)
         if isinstance(value, nn.Module):
             return self.memo.get(id(value), value)
         if depth >= MAX_DEPTH:
@@ -156,8 +183,14 @@ class _Rebinder:
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, weakref.WeakMethod):
+            method = value()
+            fresh = self(method, depth + 1)
+            return value if fresh is method else weakref.WeakMethod(fresh)
         if isinstance(value, weakref.ref) and isinstance(value(), nn.Module):
             return weakref.ref(self(value()))
+        if isinstance(value, _WEAK_CONTAINERS):
+            return self._weak(value, depth)
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
         if is_users_object(value):
@@ -206,6 +239,16 @@ class _Rebinder:
             fresh.update(self(item, depth + 1) for item in value)
         return fresh
 
+    def _weak(self, value: Any, depth: int) -> Any:
+        if id(value) in self.containers or not self._holds_module(value):
+            return self.containers.get(id(value), value)
+        fresh = self.containers[id(value)] = type(value)()
+        if isinstance(value, weakref.WeakSet):
+            fresh.update(self(item, depth + 1) for item in value)
+        else:
+            fresh.update({self(key, depth + 1): self(item, depth + 1) for key, item in value.items()})
+        return fresh
+
     def _function(self, value: types.FunctionType, depth: int) -> Any:
         """A function with modules in its closure or defaults, such as `lambda x: self.fc(x)`."""
         if not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
@@ -246,8 +289,10 @@ class _Rebinder:
         fresh = shallow(value)
         self.containers[id(value)] = fresh
         if fresh is not value:
-            vars(fresh).update({name: self(item, depth + 1) for name, item in vars(value).items()})
-        return fresh
+            rebound = {name: self(item, depth + 1) for name, item in held_by(value).items()}
+            if not give(fresh, rebound):
+                self.containers[id(value)] = value
+        return self.containers[id(value)]
 
     def _holds_module(self, value: object) -> bool:
         if id(value) in self.without:
@@ -281,7 +326,7 @@ def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Ma
             state[name] = rebind(value)
     # object.__setattr__ would go through a module's own slots and properties; the dict itself does not.
     vars(clone).update(state)
-    for slot in _slots(type(module)):
+    for slot in slot_names(type(module)):
         if hasattr(module, slot):
             object.__setattr__(clone, slot, rebind(getattr(module, slot)))
 
@@ -293,16 +338,11 @@ def _copy_children(children: Any, rebind: _Rebinder) -> Any:
     return fresh
 
 
-def _slots(cls: type) -> Iterator[str]:
-    for base in cls.__mro__:
-        declared = base.__dict__.get("__slots__", ())
-        for slot in (declared,) if isinstance(declared, str) else declared:
-            if slot not in ("__dict__", "__weakref__"):
-                yield slot
-
-
 def _own_tensors(root: nn.Module) -> None:
-    """Give every parameter, buffer and plain tensor of the tree a copy, one for each distinct tensor."""
+    """Give every parameter, buffer and plain tensor of the tree a copy, one for each distinct tensor.
+
+    Plain ones are found in attributes and slots, containers, partials and objects; not in closures.
+    """
     copies: dict[int, Any] = {}
     modules = [module for module in every_module(root) if not isinstance(module, torch.jit.ScriptModule)]
     for module in modules:
@@ -316,7 +356,11 @@ def _own_tensors(root: nn.Module) -> None:
     for module in modules:
         for name, value in vars(module).items():
             if name not in _OWN_DICTS and not name.endswith("_hooks"):
-                vars(module)[name] = private_copy(value, copies)
+                vars(module)[name] = private_copy(value, copies, leaves=True)
+        for slot in slot_names(type(module)):
+            if hasattr(module, slot):
+                value = private_copy(getattr(module, slot), copies, leaves=True)
+                object.__setattr__(module, slot, value)
 
 
 def walk_named(root: nn.Module) -> OrderedDict[str, nn.Module]:

@@ -268,7 +268,24 @@ class _Search:
                 chosen.append(path)
         if not matched and self.shapes and tuple(self.include) != ("*",):
             self._include_error()
+        self._warn_of_idle_patterns()
         return chosen
+
+    def _warn_of_idle_patterns(self) -> None:
+        """A pattern that matches nothing is a slip of the pen, or of another model."""
+        missed = (path for path, miss in self.misses.items() if miss.candidate)
+        known = list(dict.fromkeys((*self.shapes, *missed)))
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not known or pattern == "*" or any(fnmatchcase(path, pattern) for path in known):
+                    continue
+                below = sum(fnmatchcase(path, f"{pattern}.*") for path in known)
+                near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+                hint = f"; {f'{pattern}.*'!r} matches {below}" if below else ""
+                hint = hint or (f"; near: {', '.join(map(repr, near))}" if near else "")
+                self.program.warn(
+                    f"{option} pattern {pattern!r} matches none of the {len(known)} candidate layers{hint}"
+                )
 
     def _include_error(self) -> None:
         wanted = self.include[0]

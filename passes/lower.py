@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from morphc.passes.clone import clone_tree
 from morphc.passes.insert_sites import uncovered
+from morphc.passes.isolation import MAX_DEPTH, give, held_by, is_users_object
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Site
 from morphc.passes.program import Program, graphs_hash
@@ -135,16 +136,36 @@ def _watch(modules: dict[str, nn.Module], path: str, sites: list[Site]) -> None:
 
 def rebind_forwards(model: nn.Module) -> None:
     """Let bound methods `layer.forward` that a model keeps in its attributes go through the wrapped one."""
+    seen: set[int] = set()
 
-    def rebound(value: Any) -> Any:
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+    def rebound(value: Any, depth: int = 0) -> Any:
+        if type(value) is types.MethodType and isinstance(value.__self__, nn.Module):
             wrapper = vars(value.__self__).get("forward")
             own = type(value.__self__).forward
             return wrapper if isinstance(wrapper, _WRAPPERS) and value.__func__ is own else value
+        if depth >= MAX_DEPTH or id(value) in seen:
+            return value
+        if type(value) is tuple:
+            items = tuple(rebound(item, depth + 1) for item in value)
+            return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+        held: dict[Any, Any] = {}
         if type(value) is list:
-            value[:] = [rebound(item) for item in value]
+            held = dict(enumerate(value))
         elif type(value) is dict:
-            value.update({key: rebound(item) for key, item in value.items()})
+            held = value
+        elif is_users_object(value):
+            held = held_by(value)
+        if held:
+            seen.add(id(value))
+        # Only what changes is written: what is shared with the host holds no method of a module of the clone's.
+        changed = {key: new for key, old in held.items() if (new := rebound(old, depth + 1)) is not old}
+        if type(value) is list:
+            for index, new in changed.items():
+                value[index] = new
+        elif type(value) is dict:
+            value.update(changed)
+        elif changed:
+            give(value, changed)
         return value
 
     for module in list(model.modules()):

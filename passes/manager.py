@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import re
-import tempfile
 import time
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from morphc.errors import ConfigError, MorphcError, PassError, UnknownNameError
+from morphc.errors import ConfigError, MorphcError, PassError, PassOrderError, UnknownNameError
+from morphc.passes.dumps import dump
 from morphc.passes.program import Program
+from morphc.passes.sources import describe_error, source_text
 
 
 @runtime_checkable
@@ -152,25 +156,28 @@ def run_passes(
     print_after: Sequence[str] = (),
     on_print: Callable[[str, str], None] | None = None,
 ) -> list[PassRecord]:
-    """Run `passes` in order. Raises PassError naming the pass, the node, its source line and a dump."""
+    """Run `passes` in order.
+
+    Raises PassError naming the pass, the node, the line that raised and a dump; PassOrderError where a pass can't
+    start yet.
+    """
     records = []
     before = program.text()
     chosen = _sites(program)
     for number, step in enumerate(passes):
         if program.progress is not None:
             program.progress(step.name, number, len(passes))
-        _check(step, "requires", program)
+        if wrong := _asked(step, "requires", program):
+            raise PassOrderError(f"pass {step.name!r} can't start: {wrong}")
         started = time.perf_counter()
         nodes = _nodes(program)
-        try:
+        with _blamed(step, program):
             step.apply(program)
-        except MorphcError:
-            raise
-        except Exception as error:
-            raise _pass_error(step, program, error) from error
         seconds = time.perf_counter() - started
         _lint(step, program)
-        _check(step, "ensures", program)
+        if wrong := _asked(step, "ensures", program):
+            text = program.text()
+            raise PassError(f"pass {step.name!r} left a broken program: {wrong} ({dump(step.name, text)})")
         chosen = _account_for_sites(step, program, chosen)
         after = program.text()
         now = _nodes(program)
@@ -209,12 +216,29 @@ def _nodes(program: Program) -> set[tuple[str, str]]:
     return {(name, node.name) for name, graph in program.graphs() for node in graph.nodes}
 
 
-def _check(step: Pass, which: str, program: Program) -> None:
+def check_order(passes: Sequence[Pass], pipeline: Sequence[Pass]) -> None:
+    """Raises PassOrderError where built-in passes first come in another order than in `pipeline`.
+
+    One that comes again does nothing new, unless a pass in between has changed something.
+    """
+    order = [step.name for step in pipeline]
+    first = list(dict.fromkeys(step.name for step in passes if step.name in order))
+    for before, after in pairwise(first):
+        if order.index(after) < order.index(before):
+            raise PassOrderError(
+                f"pass {after!r} comes after {before!r}, and has to come before it; the order of the built-in "
+                f"passes is {','.join(order)}"
+            )
+
+
+def _asked(step: Pass, which: str, program: Program) -> str:
+    """What the pass says is wrong before or after it."""
     ask = getattr(step, which, None)
-    wrong = ask(program) if ask is not None else ""
-    if wrong:
-        when = "can't start" if which == "requires" else "left a broken program"
-        raise PassError(f"pass {step.name!r} {when}: {wrong} (dump: {_dump(step.name, program)})")
+    if ask is None:
+        return ""
+    with _blamed(step, program):
+        wrong: str = ask(program)
+    return wrong
 
 
 def _lint(step: Pass, program: Program) -> None:
@@ -226,8 +250,20 @@ def _lint(step: Pass, program: Program) -> None:
         except Exception as error:
             text = str(error).strip().split("\n")[0]
             raise PassError(
-                f"pass {step.name!r} broke the graph of {name}: {text} (dump: {_dump(step.name, program)})"
+                f"pass {step.name!r} broke the graph of {name}: {text} ({dump(step.name, program.text())})"
             ) from error
+
+
+@contextlib.contextmanager
+def _blamed(step: Pass, program: Program) -> Iterator[None]:
+    """Whatever the pass raises becomes a PassError that says where; an error of morphc's own says so itself."""
+    try:
+        yield
+    except Exception as error:
+        own = type(step).__module__.startswith("morphc.")
+        if isinstance(error, MorphcError) and (own or type(error) is not PassError):
+            raise
+        raise _pass_error(step, program, error) from error
 
 
 def _pass_error(step: Pass, program: Program, error: Exception) -> PassError:
@@ -235,13 +271,19 @@ def _pass_error(step: Pass, program: Program, error: Exception) -> PassError:
     where = ""
     if node is not None and hasattr(node, "meta"):
         where = f" at node {node.name!r} ({node.meta.get('source', 'no source line')})"
-    text = f"{type(error).__name__}: {str(error).strip()}"
-    return PassError(f"pass {step.name!r} failed{where}: {text} (dump: {_dump(step.name, program)})")
+    text = str(error).strip()
+    if not isinstance(error, PassError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if place := _line_of(step, error):
+        text += f" at {place}" + (f": {line}" if (line := source_text(place)) else "")
+    return PassError(f"pass {step.name!r} failed{where}: {text} ({dump(step.name, program.text())})")
 
 
-def _dump(name: str, program: Program) -> Path:
-    with tempfile.NamedTemporaryFile(
-        "w", prefix=f"morphc-{name}-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(program.text())
-    return Path(file.name)
+def _line_of(step: Pass, error: Exception) -> str:
+    """`file:line` of the innermost frame in the file of the pass; for a pass of morphc's, in the user's code."""
+    if type(step).__module__.startswith("morphc."):
+        return describe_error(error)[1]
+    code = getattr(inspect.unwrap(type(step).apply), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else describe_error(error)[1]

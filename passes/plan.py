@@ -9,6 +9,7 @@ import msgspec
 
 from morphc.errors import PlanError
 from morphc.kernels.spec import Block, KernelSpec, TuneConfig
+from morphc.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -116,7 +117,27 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def from_json(cls, data: bytes | str) -> Plan:
         """Inverse of `to_json`. Raises PlanError naming the field that doesn't fit."""
+        writer = ""
         try:
+            # Before anything else: another schema must not fail on a field that this version doesn't know.
+            head = msgspec.json.decode(data, type=_Head)
+            if head.morphc_version != __version__:
+                writer = f" (it was made by morphc {head.morphc_version or '?'}, this is {__version__})"
+            check_schema(head.schema_version, head.morphc_version)
             return msgspec.json.decode(data, type=cls)
-        except msgspec.MsgspecError as error:
-            raise PlanError(f"not a morphc plan: {error}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise PlanError(f"this is no plan of morphc: {error}{writer}") from error
+
+
+class _Head(msgspec.Struct):
+    schema_version: int
+    morphc_version: str = ""
+
+
+def check_schema(found: int, writer: str) -> None:
+    """Plans of any version of morphc with the same schema are read. Raises PlanError for another schema."""
+    if found != SCHEMA_VERSION:
+        raise PlanError(
+            f"the plan's schema_version is {found}, this morphc ({__version__}) reads {SCHEMA_VERSION}: compile "
+            f"without it, or follow it with the morphc that made it ({writer or 'unknown'})"
+        )

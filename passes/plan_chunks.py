@@ -14,6 +14,7 @@ from torch import nn
 
 from morphc.config import Config
 from morphc.kernels import devices
+from morphc.kernels.backend import triton_problem
 from morphc.kernels.blueprints.base import ConvGeometry
 from morphc.kernels.cost import HostLayer
 from morphc.passes import chunking
@@ -45,8 +46,7 @@ class PlanChunks:
             for site in program.plan.sites
             if (layer := _host_layer(site, modules.get(site.path)))
         }
-        # The backend that will run is the one to predict, on a GPU too.
-        running = msgspec.structs.replace(config, backend="torch")
+        running = msgspec.structs.replace(config, backend=_backend(config, device))
         sites = chunking.plan_chunks(
             program.plan.sites, running, device, host_bytes=_bytes(program.host), hosts=hosts
         )
@@ -61,6 +61,11 @@ class PlanChunks:
 def _device(host: nn.Module) -> devices.Device:
     kinds = {parameter.device.type for parameter in host.parameters()}
     return devices.detect() if "cuda" in kinds or "meta" in kinds else devices.CPU
+
+
+def _backend(config: Config, device: devices.Device) -> str:
+    """The backend to predict for: the kernels wherever they could run on `device`, be it here or not."""
+    return "torch" if not device.asynchronous or triton_problem() else config.backend
 
 
 def _bytes(host: nn.Module) -> int:

@@ -49,12 +49,18 @@ class Program:
     plan: Plan = field(default_factory=Plan)
     model: nn.Module | None = None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     verification: list[str] = field(default_factory=list)
     demoted: dict[str, str] = field(default_factory=dict)
     unwatched: dict[str, str] = field(default_factory=dict)
     hidden_root: bool = False
     unverified: bool = False
     progress: Callable[[str, int, int], None] | None = None
+
+    def warn(self, text: str) -> None:
+        """Something that was asked for has no effect: said once, however often a pass runs."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def graphs(self) -> list[tuple[str, fx.Graph]]:
         """Every graph with a name: `region [train]`."""

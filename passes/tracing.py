@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from morphc.passes.isolation import is_users_object
+from morphc.passes.isolation import held_by, is_proxy, is_users_object
 from morphc.passes.program import graph_text
 from morphc.passes.recorder import is_leaf
 from morphc.passes.sources import boundary, definition, is_users, user_frame
@@ -162,6 +162,8 @@ def _state(module: nn.Module) -> dict[str, object]:
 
 
 def _mark(value: object, depth: int = 0) -> object:
+    if is_proxy(value):
+        return id(value)
     if isinstance(value, torch.Tensor):
         return id(value), value._version
     inside: list[object] = []
@@ -171,7 +173,7 @@ def _mark(value: object, depth: int = 0) -> object:
         elif isinstance(value, list | tuple | set | deque):
             inside = list(value)
         elif is_users_object(value):
-            inside = list(vars(value).values())
+            inside = list(held_by(value).values())
     return (id(value), *(_mark(item, depth + 1) for item in inside))
 
 

@@ -26,11 +26,12 @@ from torch.utils._pytree import tree_map
 
 from morphc.errors import VerificationError
 from morphc.passes.clone import every_module
-from morphc.passes.isolation import KeptParameters, is_users_object, kept_random_state, private_copy
+from morphc.passes.isolation import KeptParameters, held_by, is_users_object, kept_random_state, private_copy
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
 from morphc.passes.quiet import cuda_devices, is_library_hook
+from morphc.passes.reach import bypassed, calls_of_the_host, own_modules, reached
 from morphc.passes.recorder import tensor_leaves
 from morphc.passes.sources import describe_error
 from morphc.runtime.store import store_of
@@ -54,6 +55,7 @@ class Verify:
         difference = runner.first_difference()
         program.verification = runner.notes
         if not difference:
+            _warn_of_bypassed(program, runner)
             return
         if runner.host_differs_from_itself():
             program.verification.append(
@@ -67,7 +69,7 @@ class Verify:
     def _demote(self, program: Program, difference: str) -> None:
         program.hidden_root = True
         Lower().apply(program)
-        if not _Runner(program).first_difference():
+        if _equal(program):
             program.verification.append(
                 f"{difference}: the root looks at its own children, so the seeds' state is kept out of them; "
                 "with that, host and model are equal"
@@ -91,14 +93,35 @@ class Verify:
                 sites, f"with it the model differed from its host: {difference}"
             )
             Lower().apply(program)
-            again = _Runner(program)
-            if not again.first_difference():
+            if _equal(program):
                 program.verification.append(_account(regions, sites, difference))
                 return
+        called = _Runner(program).calls_of_the_host()
+        why = f" (it calls {own_modules(called)})" if called else ""
         raise VerificationError(
-            f"the clone of {type(program.host).__name__} differs from it even without a site: {difference}. "
+            f"the clone of {type(program.host).__name__} differs from it even without a site: {difference}{why}. "
             "Compile with verify=False to use it all the same"
         )
+
+
+def _equal(program: Program) -> bool:
+    runner = _Runner(program)
+    if runner.first_difference():
+        return False
+    _warn_of_bypassed(program, runner)
+    return True
+
+
+def _warn_of_bypassed(program: Program, runner: _Runner) -> None:
+    """Sites that no run here reached, although the recorded example did, or the host's own layer was called instead."""
+    if program.recording is None or not runner.saw_the_example:
+        return
+    watched = [site for site in program.plan.sites if site.path not in program.unwatched]
+    missed = [site for site in watched if site.path not in runner.reached]
+    called = runner.calls_of_the_host() if missed else []
+    paths = [s.path for s in missed if s.executed or (s.owner or s.path) in called]
+    if paths:
+        program.warn(bypassed(paths, called))
 
 
 def _account(regions: list[str], sites: list[str], difference: str) -> str:
@@ -141,6 +164,8 @@ class _Runner:
         self.keep_hooks = False
         self.input_gradients = True
         self.by_backward = False
+        self.reached: set[str] = set()
+        self.saw_the_example = False
 
     def first_difference(self) -> str:
         """Where host and model differ first, in words; empty when nowhere."""
@@ -184,7 +209,16 @@ class _Runner:
             self.notes.append(f"{name}: nothing to compare, the output holds no tensor")
             return ""
         self.notes.append(f"{name}: equal bit for bit ({_count(expected)})")
+        # The example was recorded in eval mode: what it reached there has to be reached again.
+        self.saw_the_example = self.saw_the_example or (inputs is self.example and not training)
         return ""
+
+    def calls_of_the_host(self) -> list[str]:
+        """The modules of the host that the model calls on the example in eval mode."""
+        seen: list[str] = []
+        with silent_telemetry(self.model), calls_of_the_host(self.host, self.model, seen):
+            self._attempt(self.model, self.example, False)
+        return seen
 
     def host_differs_from_itself(self) -> bool:
         """Whether the host is nondeterministic there: atomic sums on a GPU differ in one run out of several."""
@@ -196,7 +230,8 @@ class _Runner:
 
     def _attempt(self, module: nn.Module, inputs: Any, training: bool) -> tuple[dict[str, Any], str]:
         try:
-            with warnings.catch_warnings(action="ignore"):
+            watching = contextlib.nullcontext() if module is self.host else reached(module, self.reached)
+            with warnings.catch_warnings(action="ignore"), watching:
                 return self._run(module, inputs, training), ""
         except Exception as error:  # the host's own code may raise anything; the caller compares who raised
             return {}, describe_error(error)[0]
@@ -245,7 +280,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     """Every tensor of an output: in containers, and in the attributes of objects of the user's own classes."""
     leaves = []
     for leaf in tensor_leaves(output):
-        leaves += tensor_leaves(list(vars(leaf).values())) if is_users_object(leaf) else [leaf]
+        leaves += tensor_leaves(list(held_by(leaf).values())) if is_users_object(leaf) else [leaf]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect as introspection
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
@@ -16,7 +16,7 @@ from morphc.cli.inputs import make_inputs, parse_input
 from morphc.cli.options import make_config
 from morphc.errors import ConfigError, ExampleInputError, HostForwardError, PlanError, UnknownNameError
 from morphc.output import OutputFolder, write_graphs
-from morphc.passes.plan import SCHEMA_VERSION, Plan
+from morphc.passes.plan import Plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,10 +35,6 @@ class Job(NamedTuple):
     plan: Path | None = None
     output: Path | None = None
     json: bool = False
-
-
-class _Versioned(msgspec.Struct):
-    schema_version: int
 
 
 class Host(NamedTuple):
@@ -108,6 +104,7 @@ def bisect_file(job: Job) -> int:
         from morphc.compiler import bisect
 
         found = bisect(host.model, host.args, host.kwargs, config, job.passes)
+    _warn(found.warnings)
     if job.json:
         print(msgspec.json.encode({"culprit": found.culprit, "lines": list(found.lines)}).decode())
     else:
@@ -176,14 +173,9 @@ def _read_plan(path: Path) -> Plan:
     except OSError as error:
         raise ConfigError(f"--plan {path}: can't be read: {error.strerror or error}") from error
     try:
-        version = msgspec.json.decode(data, type=_Versioned).schema_version
-        if version != SCHEMA_VERSION:
-            raise PlanError(
-                f"--plan {path}: has schema_version {version}, this morphc reads {SCHEMA_VERSION}"
-            )
-        return msgspec.json.decode(data, type=Plan)
-    except msgspec.MsgspecError as error:
-        raise PlanError(f"--plan {path}: is no plan of morphc: {error}") from error
+        return Plan.from_json(data)
+    except PlanError as error:
+        raise PlanError(f"--plan {path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -206,7 +198,13 @@ def _publish(report: Report, folder: OutputFolder | None) -> None:
     write_graphs(folder, report.graphs)
 
 
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"morphc: warning: {line}", file=sys.stderr)
+
+
 def _present(report: Report, json: bool, result: TextIO, folder: OutputFolder | None) -> None:
+    _warn(report.warnings)
     if json:
         print(report.to_json().decode(), file=result)
     elif result.isatty():

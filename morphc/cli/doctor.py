@@ -102,7 +102,12 @@ def cache_folder() -> Path:
 
 
 def _backend() -> tuple[str, str]:
-    return "torch", "the triton backend needs generated kernels, which this version does not have"
+    import torch
+
+    from morphc.kernels.backend import chosen, why
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return chosen("auto", device), why("auto", device)
 
 
 def _cuda_devices() -> list[Device]:

@@ -16,7 +16,8 @@ from morphc.errors import SeedError
 from morphc.kernels.blueprints.base import Blueprint, Geometry
 from morphc.kernels.reference.blends import blend
 from morphc.kernels.reference.chunks import chunk_starts, chunk_widths, split
-from morphc.runtime.state import BLENDS, ISOLATED, TRAINS, among
+from morphc.kernels.reference.lifecycle import among
+from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
 
 
 class Slots(NamedTuple):
@@ -35,9 +36,12 @@ class Slots(NamedTuple):
     trains: Tensor
 
 
-def describe(owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int) -> Slots:
-    """owner: [K] seed of the site or -1; lifecycle, alpha: [S], the site's rows."""
-    seeds = lifecycle.shape[0]
+def describe(owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int, seeds: int = 0) -> Slots:
+    """owner: [K] seed of the site or -1; lifecycle, alpha: [S], the site's rows.
+
+    seeds: S, where `lifecycle.shape` is no number: `torch.jit.trace` makes a tensor of it.
+    """
+    seeds = seeds or lifecycle.shape[0]
     held = owner >= 0
     seed = owner.clamp(min=0)
     state = lifecycle[seed]
@@ -88,7 +92,8 @@ def put(y: Tensor, chunks: Tensor, slots: Slots, axis: int, spatial: bool) -> Te
     source = torch.zeros(features + 1, dtype=torch.int64, device=y.device)
     source = source.scatter(0, target, torch.arange(count * width, device=y.device))[:features]
     changed = torch.zeros(features + 1, dtype=torch.bool, device=y.device)
-    changed = changed.scatter(0, target, True)[:features]
+    # Not True: torch.jit.trace records no scatter of a bool.
+    changed = changed.scatter(0, target, 1)[:features]
     shape = [1] * y.dim()
     shape[axis] = features
     mixed = torch.where(changed.view(shape), flat.index_select(axis, source), y)
@@ -106,6 +111,18 @@ def like(value: Tensor, y: Tensor) -> Tensor:
 def per_slot(mask: Tensor, like_tensor: Tensor) -> Tensor:
     """A [K] mask that broadcasts against [K, ...]."""
     return mask.view(-1, *(1,) * (like_tensor.dim() - 1))
+
+
+def jit_traced() -> bool:
+    """Whether `torch.jit.trace` is at work."""
+    return torch._C._get_tracing_state() is not None
+
+
+def slots_learn() -> bool:
+    """Whether gradients of slots are wanted. Not in a `torch.jit.trace`: it can't hold a Function of Python, and is
+    checked against another one without gradients.
+    """
+    return torch.is_grad_enabled() and not jit_traced()
 
 
 class StraightThrough(torch.autograd.Function):
@@ -187,7 +204,7 @@ def through_bank(
             joined = blend(blend_name, torch.where(live, x, 0), torch.where(live, s, 0), slots.alpha, trained)
             joined = torch.where(live, joined, x)
             y = put(y, joined.to(y.dtype), slots, axis, spatial)
-        if torch.is_grad_enabled() and s.requires_grad:
+        if slots_learn() and s.requires_grad:
             applied = StraightThrough.apply(y, s, *slots, axis, spatial)  # type: ignore[no-untyped-call]
             assert isinstance(applied, Tensor)
             y = applied
@@ -212,6 +229,8 @@ def _from_tap(
     isolated_only: bool,
 ) -> Tensor:
     """All slots share the tap: where it has a gradient, isolated ones get a detached one."""
+    if jit_traced():
+        return blueprint.apply(tap, params, geometry)
     if isolated_only or not (torch.is_grad_enabled() and tap.requires_grad):
         return blueprint.apply(tap.detach(), params, geometry)
     blending = {name: torch.where(per_slot(slots.blends, p), p, 0) for name, p in params.items()}

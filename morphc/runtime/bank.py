@@ -13,6 +13,7 @@ from morphc.errors import SeedError
 from morphc.kernels.blueprints.base import Blueprint, Geometry, get
 from morphc.kernels.reference.adamw import adamw_rows
 from morphc.kernels.reference.blends import blend_shapes
+from morphc.runtime.active import jit_traced
 
 FREE = -1
 
@@ -31,11 +32,34 @@ class Moments(nn.Module):
         self.register_buffer("step", torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
 
 
+class SlotParameter(nn.Parameter):
+    """A Parameter that never requires gradients: `model.requires_grad_()` and a loop that unfreezes every parameter
+    of a model reach it, and mean the host's.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> SlotParameter:
+        made: SlotParameter = super().__new__(cls, data, requires_grad=False)
+        return made
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, whatever it is set to."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> SlotParameter:
+        """Changes nothing."""
+        return self
+
+
 class SlotBank(nn.Module):
     """K slots of one blueprint. `owner` [K] is the site's seed that holds each slot, -1 where free.
 
-    The Parameters don't require gradients, so no optimizer, clipping or DDP of the user's sees them. The
-    forward reads them through *leaves*: aliases that do require gradients, and whose `.grad` is the bank's
+    The Parameters don't require gradients and can't be made to, so no optimizer, clipping or DDP of the user's sees
+    them. The forward reads them through *leaves*: aliases that do require gradients, and whose `.grad` is the bank's
     own gradient buffer. Plain autograd fills it, in eager and in compiled graphs, and also where the host
     itself is frozen.
     """
@@ -66,13 +90,20 @@ class SlotBank(nn.Module):
                     f"blueprint {blueprint!r} names a parameter {name!r}, which the bank uses itself"
                 )
             value = torch.zeros(slots, *shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            self.register_parameter(name, SlotParameter(value))
         self.register_buffer("owner", torch.full((slots,), FREE, dtype=torch.int64, device=device))
         self.opt = Moments({name: self.get_parameter(name) for name in self.names})
         self._leaves: dict[str, Tensor] = {}
         self._bound: dict[str, nn.Parameter] = {}
         self._bind({})
         self.register_load_state_dict_post_hook(_rebind)  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        geometry = self.geometry
+        return (
+            f"SlotBank({self.blueprint!r}, slots={self.slots}, chunk={geometry.chunk}, rank={geometry.rank}, "
+            f"blend={self.blend!r})"
+        )
 
     @property
     def kind(self) -> Blueprint:
@@ -87,13 +118,15 @@ class SlotBank(nn.Module):
     def leaves(self) -> dict[str, Tensor]:
         """Each parameter as the forward reads it: the alias that requires gradients.
 
-        A parameter that `torch.func.functional_call` put in place of the bank's own is used itself.
+        A parameter that `torch.func.functional_call` put in place of the bank's own is used itself, and so is the
+        bank's own under `torch.jit.trace`, which knows no other tensors of a module than its parameters and buffers.
         """
         found = {}
+        own = not jit_traced()
         for name in self.names:
             param = self._parameters[name]
             assert param is not None
-            found[name] = self._leaves[name] if param is self._bound[name] else param
+            found[name] = self._leaves[name] if own and param is self._bound[name] else param
         return found
 
     def grads(self) -> dict[str, Tensor | None]:
@@ -168,7 +201,7 @@ class SlotBank(nn.Module):
 
         grads = {name: None if grad is None else grown(grad) for name, grad in self.grads().items()}
         for name in self.names:
-            self._parameters[name] = nn.Parameter(grown(self.get_parameter(name)), requires_grad=False)
+            self._parameters[name] = SlotParameter(grown(self.get_parameter(name)))
         for name, buffer in self.opt._buffers.items():
             assert buffer is not None
             self.opt._buffers[name] = grown(buffer)
@@ -179,6 +212,8 @@ class SlotBank(nn.Module):
     def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
         for name in self.names:
             param = self.get_parameter(name)
+            if not isinstance(param, SlotParameter):  # moved, unpickled or assigned
+                param = self._parameters[name] = SlotParameter(param.data)
             leaf = param.detach().requires_grad_()
             leaf.grad = grads.get(name)
             self._leaves[name] = leaf
@@ -212,7 +247,6 @@ class SlotBank(nn.Module):
 def _rebind(bank: nn.Module, incompatible: Any) -> None:
     # load_state_dict(assign=True) replaces the Parameters, and the aliases would still read the old ones.
     assert isinstance(bank, SlotBank)
-    bank.requires_grad_(False)
     bank._bind(bank.grads())
 
 

@@ -6,7 +6,7 @@ Both are plain picklable callables set as the instance attribute `forward`, so t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ class RewrittenForward(RegionForward):
         held = vars(self.module)
         try:
             return all(
-                values.items() <= (vars(held[name]) if name else held).items()
+                values.items() <= (_attributes(held[name]) if name else held).items()
                 for name, values in self.burnt_in.items()
             )
         except (KeyError, TypeError, RuntimeError):
@@ -124,7 +124,19 @@ def _held_by(value: object) -> dict[str, Any]:
     """The scalars of an object that keeps options for a module, such as its `self.config`."""
     if isinstance(value, torch.Tensor | nn.Module | type) or callable(value):
         return {}
-    return _scalars(getattr(value, "__dict__", {}))
+    return _scalars(_attributes(value))
+
+
+def _attributes(value: object) -> Mapping[str, Any]:
+    own: Mapping[str, Any] | None = getattr(value, "__dict__", None)
+    if own is not None:
+        return own
+    slots = [slot for cls in type(value).__mro__ for slot in _listed(cls.__dict__.get("__slots__", ()))]
+    return {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}
+
+
+def _listed(slots: str | Iterable[str]) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _leading(given: tuple[str, ...], signature: inspect.Signature) -> int:

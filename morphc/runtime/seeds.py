@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from morphc.errors import MorphcError, SeedError, did_you_mean
-from morphc.lifecycle import TABLE, Lifecycle, mode_of
+from morphc.kernels.reference.chunks import bounds
+from morphc.kernels.reference.health import HEALTH
+from morphc.kernels.reference.lifecycle import HISTORY
+from morphc.lifecycle import TABLE, Lifecycle, Mode, mode_of
 from morphc.runtime.bank import SlotBank, draw_of
 from morphc.runtime.site import SeedSite
-from morphc.runtime.state import HEALTH, HISTORY
 from morphc.runtime.store import SeedStore, store_of
 
 
@@ -32,20 +34,27 @@ class _Move(NamedTuple):
 
 
 class SiteHandle:
-    """The seeds of one site. `handle.site` is the module in the model."""
+    """The seeds of one site: what they are, and commands to them. `handle.site` is the `SeedSite` in the model."""
 
     def __init__(self, store: SeedStore, site: SeedSite) -> None:
         self._store = store
         self.site = site
-
-    path = property(lambda self: self.site.path)
-    features = property(lambda self: self.site.features)
 
     def __len__(self) -> int:
         return self.site.seeds
 
     def __repr__(self) -> str:
         return f"SiteHandle({self.site.path!r}, seeds={self.site.seeds}, mode={self.site.mode.name})"
+
+    @property
+    def path(self) -> str:
+        """The site's name: the layer's, or that of its parameter for a functional layer."""
+        return self.site.path
+
+    @property
+    def features(self) -> int:
+        """How many features the watched activation has."""
+        return self.site.features
 
     @property
     def rows(self) -> slice:
@@ -61,6 +70,31 @@ class SiteHandle:
     def alpha(self) -> Tensor:
         """[S] float32, a view on the device."""
         return self._store.state.alpha[self.rows]
+
+    @property
+    def mode(self) -> Mode:
+        """What the site does in a forward: DORMANT, TRAINING or ACTIVE."""
+        return self.site.mode
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """[start, stop) of each seed's features."""
+        return bounds(self.site.features, self.site.seeds)
+
+    @torch.no_grad()
+    def telemetry(self) -> dict[str, Tensor]:
+        """Health of the site's seeds, [S] float64 on the CPU; see `Seeds.telemetry`."""
+        return dict(zip(HEALTH, self._store.state.health()[:, self.rows].cpu().unbind(0), strict=True))
+
+    def history(self, index: int) -> list[Entry]:
+        """The last ten transitions of one seed, oldest first."""
+        (seed,) = self._checked(index)
+        state = self._store.state
+        row = self.site.offset + seed
+        count = int(state.transitions[row])
+        ring = state.history[row].tolist()
+        kept = [ring[number % HISTORY] for number in range(max(0, count - HISTORY), count)]
+        return [Entry(tick, Lifecycle(source), Lifecycle(target)) for tick, source, target in kept]
 
     @property
     def slots(self) -> Mapping[str, SlotBank]:
@@ -238,14 +272,7 @@ class Seeds:
 
     def history(self, path: str, index: int) -> list[Entry]:
         """The last ten transitions of one seed, oldest first."""
-        handle = self[path]
-        (seed,) = handle._checked(index)
-        state = self._store.state
-        row = handle.site.offset + seed
-        count = int(state.transitions[row])
-        ring = state.history[row].tolist()
-        kept = [ring[number % HISTORY] for number in range(max(0, count - HISTORY), count)]
-        return [Entry(tick, Lifecycle(source), Lifecycle(target)) for tick, source, target in kept]
+        return self[path].history(index)
 
     def step_optimizer(self, **options: Any) -> None:
         """One AdamW step of the slots that train, from the gradients in the banks."""

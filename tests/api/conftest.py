@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,4 +24,4 @@ def seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dumps of failed passes go to the test's own folder."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("MORPHC_CACHE_DIR", str(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -216,8 +217,83 @@ class TestModuleMethods:
         asked = [name for name, p in model.named_parameters() if p.requires_grad]
         assert asked == [name for name, _ in Mlp().named_parameters()]
 
-    def test_repr_and_str_work(self):
-        assert "SeedSite" in repr(compiled(Mlp()))
+    @pytest.mark.parametrize("way", ["module", "method", "attribute"])
+    @pytest.mark.parametrize("after", ["nothing", "cast", "meta", "deepcopy", "pickle", "assign", "enlarge"])
+    def test_unfreezing_all_parameters_leaves_the_slots_to_morphc(self, way, after):
+        model = compiled(Mlp(), config=morphc.Config(seeds_per_layer=2, slots=1))
+        if after == "cast":
+            model = model.double()
+        elif after == "meta":
+            model = model.to("meta")
+        elif after == "deepcopy":
+            model = copy.deepcopy(model)
+        elif after == "pickle":
+            model = pickle.loads(pickle.dumps(model))
+        elif after == "assign":
+            state = {name: nn.Parameter(value.clone()) for name, value in model.named_parameters()}
+            model.load_state_dict({**model.state_dict(), **state}, assign=True)
+        elif after == "enlarge":
+            morphc.enlarge(model, slots=2)
+        if way == "module":
+            model.requires_grad_(True)
+        for parameter in model.parameters():
+            if way == "method":
+                parameter.requires_grad_()
+            elif way == "attribute":
+                parameter.requires_grad = True
+        asked = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert asked == [name for name, _ in Mlp().named_parameters()]
+
+    def test_an_optimizer_made_after_unfreezing_trains_the_host_alone(self):
+        host = Mlp()
+        model = compiled(host, share=False).requires_grad_(True)
+        seeds = morphc.seeds(model)
+        seeds["fc1"].assign([0], morphc.Lifecycle.FINE_TUNING)
+        bank = seeds["fc1"].slots["bottleneck"]
+        before = {name: value.clone() for name, value in bank.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        for module in (host, model):
+            torch.manual_seed(0)
+            module(rows()).square().sum().backward()
+        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0) for module in (host, model)]
+        assert norms[0] == norms[1]
+        optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in bank.named_parameters())
+        assert any(grad is not None for grad in bank.grads().values())
+        seeds.step_optimizer(lr=0.1)
+        assert not all(torch.equal(value, before[name]) for name, value in bank.named_parameters())
+
+    def test_ddp_made_after_unfreezing_waits_for_no_gradient_of_a_slot(self):
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        try:
+            model = compiled(Mlp()).requires_grad_(True)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            for _ in range(3):
+                wrapped(rows()).sum().backward()
+        finally:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_a_printed_model_has_one_line_a_site(self, name):
+        host = ALL[name]()
+        model = compiled(host, config=morphc.Config(seeds_per_layer=2, blueprint=("affine", "bottleneck")))
+        lines = repr(model).splitlines()
+        sites = [line for line in lines if "SeedSite(" in line]
+        assert len(sites) == len(morphc.seeds(model).sites)
+        assert all(line.endswith("mode=DORMANT)") for line in sites)
+        for word in ("Banks", "SlotBank", "SeedState", "Moments", "ParameterList"):
+            assert word not in repr(model)
+
+    def test_a_site_and_a_bank_print_what_they_hold(self):
+        seeds = morphc.seeds(compiled(Mlp(), config=morphc.Config(seeds_per_layer=2, slots=1, rank=3)))
+        assert repr(seeds["fc1"].site) == (
+            "SeedSite('fc1', features=16, seeds=2, slots=1 bottleneck, mode=DORMANT)"
+        )
+        assert repr(seeds["fc1"].slots["bottleneck"]) == (
+            "SlotBank('bottleneck', slots=1, chunk=8, rank=3, blend='residual')"
+        )
 
     def test_functional_call_and_torch_func_see_the_hosts_parameters(self):
         host = Mlp().eval()

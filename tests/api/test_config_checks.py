@@ -62,6 +62,16 @@ def test_the_reserved_name_is_not_taken_for_a_site() -> None:
         morphc.compile(host, (torch.randn(2, 3),))
 
 
+def test_slots_that_no_seed_can_use_are_not_made_and_the_report_says_so() -> None:
+    host, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(2, 8)
+    model = morphc.compile(host, (x,), config=Config(seeds_per_layer=4, slots=1000))
+    sites = morphc.seeds(model).sites
+    assert [bank.slots for site in sites.values() for bank in site.slots.values()] == [64, 32]
+    assert "1: 4 seeds asked for, 2 features: one seed each; 1000 slots asked for, 32 are of use" in str(
+        morphc.report(model)
+    )
+
+
 @pytest.mark.parametrize("options", [{}, {"lr": float("nan")}, {"lr": -1.0}])
 def test_a_bad_learning_rate_moves_nothing(options: dict[str, float]) -> None:
     host, x = nn.Linear(3, 3), torch.randn(2, 3)

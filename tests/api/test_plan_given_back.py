@@ -16,6 +16,7 @@ import morphc
 from morphc.errors import PlanError
 from morphc.passes import capture, find_candidates
 
+ENCODER = nn.TransformerEncoderLayer(8, 2, 6)
 FEW = morphc.Config(seeds_per_layer=2, telemetry_every=1, kinds=("linear",))
 
 
@@ -24,7 +25,7 @@ def plan_of(host: nn.Module, config: morphc.Config = FEW) -> morphc.Plan:
 
 
 def through_json(plan: morphc.Plan) -> morphc.Plan:
-    return msgspec.json.decode(plan.to_json(), type=morphc.Plan)
+    return morphc.Plan.from_json(plan.to_json())
 
 
 @pytest.fixture
@@ -98,6 +99,13 @@ class TestFollowed:
         host = Nested()
         assert plan_of(host).to_json() == plan_of(host).to_json()
 
+    def test_one_of_another_version_with_the_same_schema_is_followed_and_said(self):
+        host = Mlp()
+        plan = through_json(replace(plan_of(host), morphc_version="99.1.0"))
+        report = morphc.report(morphc.compile(host, plan=plan))
+        assert report.plan == plan
+        assert f"the plan was made by morphc 99.1.0, this is {morphc.__version__}" in report.verification
+
     def test_a_demoted_region_stays_demoted(self):
         host = Functional()
         plan = plan_of(host)
@@ -113,10 +121,10 @@ def edit_site(**changes: Any) -> Callable[[morphc.Plan], morphc.Plan]:
 
 EDITS = {
     "schema_version": lambda p: replace(p, schema_version=99),
-    "morphc_version": lambda p: replace(p, morphc_version="99.1.0"),
     "model_class": lambda p: replace(p, model_class="Other"),
     "model_digest": lambda p: replace(p, model_digest="0" * 64),
     "config": lambda p: replace(p, config={**p.config, "rank": 0}),
+    "schema_version of the config": lambda p: replace(p, config={**p.config, "schema_version": 7}),
     "config with an unknown field": lambda p: replace(p, config={**p.config, "flavour": 1}),
     "path": edit_site(path="fc9"),
     "path listed twice": lambda p: replace(p, sites=(p.sites[0], *p.sites)),
@@ -130,6 +138,10 @@ EDITS = {
     "owner": edit_site(owner="somewhere.else"),
     "parameter": edit_site(parameter="bias"),
     "epilogue": edit_site(epilogue="rleu"),
+    "output_index": edit_site(output_index=0),
+    "output_index of nothing": edit_site(output_index=3),
+    "tap_features": edit_site(tap_features=9),
+    "tap_features below zero": edit_site(tap_features=-8),
 }
 
 
@@ -143,6 +155,38 @@ class TestRefused:
         assert name.split(" ")[0] in str(caught.value) or (
             name == "epilogue" and "'rleu'" in str(caught.value)
         )
+
+    def test_text_of_another_schema_or_with_an_unknown_field_says_who_wrote_it(self):
+        plan = plan_of(Mlp())
+        text = (
+            replace(plan, schema_version=99, morphc_version="99.1.0").to_json().replace(b"{", b'{"new":1,', 1)
+        )
+        with pytest.raises(PlanError, match=r"schema_version is 99, .* reads 1: .*made it \(99\.1\.0\)"):
+            morphc.Plan.from_json(text)
+        text = replace(plan, morphc_version="0.9.0").to_json().replace(b"{", b'{"new":1,', 1)
+        with pytest.raises(PlanError, match=r"no plan of morphc: .*`new`.*made by morphc 0\.9\.0"):
+            morphc.Plan.from_json(text)
+
+    @pytest.mark.parametrize(
+        ("host", "x", "site", "changes", "words"),
+        [
+            (nn.LSTM(8, 6), (5, 8), "", {"output_index": None}, "output_index=None, the output of a LSTM has it"),
+            (nn.LSTM(8, 6), (5, 8), "", {"features": 7}, "features=7, this layer has 6"),
+            (nn.LSTM(8, 6), (5, 8), "", {"tap_features": 6}, "tap_features=6, the input of this layer has 8"),
+            (ENCODER, (5, 2, 8), "self_attn.out_proj", {"output_index": None}, "of a MultiheadAttention has it"),
+            (ENCODER, (5, 2, 8), "self_attn.in_proj_weight", {"tap_features": 24}, "input of this layer has 8"),
+            (ENCODER, (5, 2, 8), "self_attn.in_proj_weight", {"output_index": 0}, "a functional layer's"),
+            (Functional(), (3, 8), "weight", {"tap_features": -1}, "tap_features=-1"),
+        ],
+    )  # fmt: skip
+    def test_what_a_layer_takes_and_returns_is_checked(self, host, x, site, changes, words):
+        config = replace(FEW, kinds=("linear", "rnn"))
+        plan = morphc.report(morphc.compile(host, (torch.randn(x),), config=config, verify=False)).plan
+        assert morphc.compile(host, plan=plan) is not None
+        edited = tuple(replace(s, **changes) if s.path == site else s for s in plan.sites)
+        assert edited != plan.sites
+        with pytest.raises(PlanError, match=words):
+            morphc.compile(host, plan=replace(plan, sites=edited))
 
     def test_one_of_another_class_names_both(self):
         with pytest.raises(PlanError, match="model_class is 'Mlp', this model is a 'Functional'"):
@@ -158,7 +202,7 @@ class TestRefused:
             morphc.compile(host, plan=plan)
 
     @pytest.mark.parametrize("change", ["dtype", "another layer", "input width"])
-    def test_one_of_a_changed_model_names_the_digest(self, change):
+    def test_one_of_a_changed_model_names_what_differs(self, change):
         host = Mlp()
         plan = plan_of(host)
         if change == "dtype":
@@ -167,7 +211,8 @@ class TestRefused:
             host.extra = nn.Linear(2, 2)
         else:
             host.fc1 = nn.Linear(9, 16)
-        with pytest.raises(PlanError, match="model_digest differs"):
+        words = "input of this layer has 9" if change == "input width" else "model_digest differs"
+        with pytest.raises(PlanError, match=words):
             morphc.compile(host, plan=plan)
 
     def test_a_config_that_contradicts_it_names_the_option(self):

@@ -36,6 +36,14 @@ def morphc(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.fixture(autouse=True)
+def own_dumps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Dumps of failed passes go to a folder of the test's own."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MORPHC_CACHE_DIR", str(cache))
+    return cache / "dumps"
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write a model file: `write(source, "name.py")`."""

@@ -41,6 +41,13 @@ class TestFile:
         assert ran.status == 2
         _one_message(ran, "Did you mean", "model.py")
 
+    @pytest.mark.parametrize(("target", "lacks"), [("", "file"), (":model", "file"), ("model.py:", "name")])
+    def test_half_a_target(self, morphc, write, monkeypatch, target, lacks):
+        monkeypatch.chdir(write().parent)
+        ran = morphc("compile", target)
+        assert ran.status == 2
+        _one_message(ran, f"{target!r} lacks the {lacks}")
+
     def test_a_folder_is_no_file(self, morphc, tmp_path):
         ran = morphc("compile", tmp_path)
         assert ran.status == 2
@@ -167,6 +174,11 @@ class TestInputs:
         _one_message(ran, "meta", "cpu")
         _only(tmp_path, "model.py")
 
+    def test_keyword_arguments_given_as_inputs(self, morphc, write):
+        ran = morphc("compile", write(MLP + "    example_inputs = {'x': torch.randn(3, 16)}\n"))
+        assert ran.status == 2
+        _one_message(ran, "example_inputs is a dict", "example_kwargs")
+
     def test_kwargs_that_are_no_dict(self, morphc, write):
         ran = morphc("compile", write(MLP + "    example_kwargs = [1]\n"))
         assert ran.status == 2
@@ -229,6 +241,48 @@ class TestOptions:
         assert ran.status == 2
         _one_message(ran, "sedes", "seeds")
 
+    @pytest.mark.parametrize(
+        ("command", "passes"),
+        [
+            ("compile", "lower,capture"),
+            ("compile", "capture,find-candidates,lower,verify"),
+            ("bisect", "find-candidates,capture,lower"),
+        ],
+    )
+    def test_passes_in_a_wrong_order(self, morphc, write, tmp_path, own_dumps, command, passes):
+        output = ("-o", tmp_path / "out") if command == "compile" else ()
+        ran = morphc(command, write(), "--passes", passes, *output)
+        assert ran.status == 2
+        _one_message(ran, "pass '")
+        _only(tmp_path, "model.py")
+        assert not own_dumps.exists()
+
+    def test_pass_of_the_file_that_raises_shows_its_line(self, morphc, write, tmp_path, own_dumps):
+        source = (
+            MLP
+            + """
+    from dataclasses import dataclass
+    from typing import ClassVar
+    from morphc.passes.manager import register_pass
+
+    @register_pass
+    @dataclass(frozen=True)
+    class Raises:
+        name: ClassVar[str] = "raises-in-the-file"
+
+        def apply(self, program):
+            {}["missing"]
+"""
+        )
+        path = write(source)
+        line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "missing" in text)
+        ran = morphc("compile", path, "--passes", "raises-in-the-file", "-o", tmp_path / "out")
+        assert ran.status == 1
+        _one_message(ran, "pass 'raises-in-the-file' failed: KeyError", f'{path}:{line}: {{}}["missing"]')
+        _only(tmp_path, "model.py")
+        (kept,) = own_dumps.iterdir()
+        assert f"(dump: {kept})" in ran.err
+
     def test_unknown_command_gets_a_suggestion(self, morphc):
         ran = morphc("compil", "model.py")
         assert ran.status == 2
@@ -244,6 +298,20 @@ class TestOptions:
         assert ran.status == 2
         _one_message(ran, "decoder.*")
         _only(tmp_path, "model.py")
+
+    @pytest.mark.parametrize("command", ["compile", "inspect"])
+    @pytest.mark.parametrize("json", [(), ("--json",)], ids=["table", "json"])
+    def test_exclude_that_matches_nothing_is_said_and_no_error(self, morphc, write, tmp_path, command, json):
+        ran = morphc(command, write(), "--exclude", "decoder.*", "-o", tmp_path / "out", *json)
+        assert ran.status == 0
+        assert (
+            "morphc: warning: exclude pattern 'decoder.*' matches none of the 2 candidate layers" in ran.err
+        )
+        assert "exclude pattern 'decoder.*'" in ran.out
+        assert "exclude pattern" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        bisected = morphc("bisect", write(), "--exclude", "decoder.*")
+        assert bisected.status == 0
+        assert bisected.err.startswith("morphc: warning: exclude pattern 'decoder.*'")
 
     def test_options_are_checked_before_the_file_is_run(self, morphc, write, tmp_path):
         path = write("raise SystemExit('was run')\n")
@@ -344,15 +412,21 @@ class TestPlan:
         assert ran.status == 2
         _one_message(ran, "model_class", "MLP", "Other")
 
-    @pytest.mark.parametrize("field", ["schema_version", "morphc_version"])
-    def test_of_another_version_says_which(self, morphc, write, plan, field):
-        data = json.loads(plan.read_bytes())
-        data[field] = 99 if field == "schema_version" else "99.0.0"
+    def test_of_another_schema_says_which_and_who_made_it(self, morphc, write, plan):
+        data = json.loads(plan.read_bytes()) | {"schema_version": 99, "morphc_version": "98.0.0", "new": 1}
         other = plan.parent.parent / "other.json"
         other.write_text(json.dumps(data))
         ran = morphc("compile", write(), "--plan", other)
         assert ran.status == 2
-        _one_message(ran, field, "99")
+        _one_message(ran, "schema_version is 99", "98.0.0", str(other))
+
+    def test_of_another_version_with_the_same_schema_is_followed(self, morphc, write, plan):
+        data = json.loads(plan.read_bytes()) | {"morphc_version": "98.0.0"}
+        other = plan.parent.parent / "other.json"
+        other.write_text(json.dumps(data))
+        ran = morphc("compile", write(), "--plan", other)
+        assert ran.status == 0
+        assert "the plan was made by morphc 98.0.0" in ran.out
 
     def test_with_an_option_that_contradicts_it(self, morphc, write, plan):
         ran = morphc("compile", write(), "--plan", plan, "--rank", "5")

@@ -95,6 +95,10 @@ class TestTable:
         assert "3 modules without weights" in text
         assert "h.*.act" not in text
 
+    def test_costs_are_of_a_training_step(self):
+        assert "predicted cost 6.00 us a training step, 2.0% of the watched layers" in str(_report())
+        assert "predicted, a training step" in render(_report())
+
     def test_is_complete_without_sites_and_costs(self):
         assert "no layer got a site" in str(Report(Plan()))
         assert "?" in str(Report(Plan(sites=(_site("fc", predicted={}),))))

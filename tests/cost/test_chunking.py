@@ -237,7 +237,15 @@ def test_no_sites_need_no_slots() -> None:
 
 def test_slots_that_are_asked_for_are_given() -> None:
     (found,) = plan_chunks((make_site(),), Config(slots=6, seeds_per_layer=2), devices.CPU)
-    assert (found.seeds, found.slots) == (2, 6)
+    assert (found.seeds, found.slots, found.note) == (2, 6, "")
+
+
+def test_slots_that_no_seed_can_use_are_not_made_and_the_note_says_so() -> None:
+    config = Config(slots=1000, seeds_per_layer=4)
+    (found,) = plan_chunks((make_site(),), config, devices.CPU)
+    assert (found.seeds, found.slots) == (4, 64)
+    assert found.note == "1000 slots asked for, 64 are of use: 16 for each seed"
+    assert plan_chunks((found,), config, devices.CPU) == (found,)
 
 
 # -- the whole plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,4 +27,4 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def own_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dumps of failed passes go to the test's own folder."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("MORPHC_CACHE_DIR", str(tmp_path / "cache"))

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiler_hosts import HOSTS, Branchy, Mlp, assert_same, compiled, line_of, misses_of, rows, sites_of
+from compiler_hosts import (
+    HOSTS,
+    Branchy,
+    Mlp,
+    Nested,
+    assert_same,
+    compiled,
+    line_of,
+    misses_of,
+    rows,
+    sites_of,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import morphc
 from morphc.compiler import Compiled
 from morphc.config import KINDS, Config
-from morphc.errors import ConfigError
+from morphc.errors import ConfigError, MorphcWarning
+from morphc.webpage import render
 
 
 def with_kinds(host: nn.Module, *args: Any, kinds: tuple[str, ...] = KINDS, **options: Any) -> Compiled:
@@ -376,6 +390,36 @@ class TestChoosing:
     def test_an_include_that_matches_nothing_shows_near_names(self):
         with pytest.raises(ConfigError, match=r"include=\['fc9'\] matches none .*near: 'fc"):
             compiled(Mlp(), config=Config(include=("fc9",)))
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (
+                {"exclude": ("fc9",)},
+                "exclude pattern 'fc9' matches none of the 2 candidate layers; near: 'fc",
+            ),
+            ({"include": ("fc1", "FC2")}, "include pattern 'FC2' matches none of the 2 candidate layers"),
+            ({"exclude": ("drop",)}, "exclude pattern 'drop' matches none"),
+        ],
+    )
+    def test_a_pattern_that_matches_nothing_is_a_warning(self, options, words):
+        report = compiled(Mlp(), config=Config(seeds_per_layer=2, **options)).report
+        (warning,) = report.warnings
+        assert words in warning
+        assert f"warning: {warning}" in str(report)
+        assert json.loads(report.to_json())["warnings"] == [warning]
+        assert words.split("'")[1] in render(report)
+        with pytest.warns(MorphcWarning, match=re.escape(words)) as caught:
+            morphc.compile(Mlp(), rows(), config=Config(seeds_per_layer=2, **options))
+        assert caught[0].filename == __file__
+
+    def test_a_pattern_that_names_a_container_is_told_what_would_match(self):
+        report = compiled(Nested(), config=Config(seeds_per_layer=2, exclude=("first",))).report
+        assert report.warnings[0].endswith("'first.*' matches 2")
+
+    def test_patterns_that_match_what_is_left_out_for_another_reason_are_no_warning(self):
+        host = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        assert compiled(host, config=Config(seeds_per_layer=2, exclude=("1",))).report.warnings == ()
 
     def test_options_of_the_pass_add_to_the_config(self):
         result = compiled(Mlp(), passes="find-candidates{exclude=fc1}")

@@ -16,6 +16,7 @@ from compiler_hosts import HOSTS, rows
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
 
+import morphc
 from morphc.passes.clone import clone_tree, every_module
 from morphc.passes.verify import same_bits
 
@@ -49,6 +50,26 @@ class Helper:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.owner.drop(self.owner.fc(x))
+
+
+class Slots:
+    __slots__ = ("__fc", "drop", "unset")
+
+    def __init__(self, fc: nn.Module, drop: nn.Module) -> None:
+        self.__fc, self.drop = fc, drop
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.drop(self.__fc(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    layers: tuple[nn.Module, ...]
+
+    def run(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 Layers = namedtuple("Layers", "fc drop")
@@ -122,6 +143,32 @@ def recursive_closure(m: Pair) -> None:
     m.calls = run
 
 
+def proxies(m: Pair) -> None:
+    m.parts = [weakref.proxy(m.fc), {"drop": weakref.proxy(m.drop)}]
+    m.calls = types.MethodType(lambda self, x: self.parts[1]["drop"](self.parts[0](x)), m)
+
+
+def weak_methods(m: Pair) -> None:
+    m.refs = [weakref.WeakMethod(m.fc.__call__), weakref.WeakMethod(m.drop.__call__)]
+    m.calls = types.MethodType(lambda self, x: self.refs[1]()(self.refs[0]()(x)), m)
+
+
+def weak_containers(m: Pair) -> None:
+    m.by_name, m.order = weakref.WeakValueDictionary(fc=m.fc), weakref.WeakKeyDictionary({m.drop: 1})
+    m.kept = weakref.WeakSet([m.fc])
+    m.calls = types.MethodType(
+        lambda self, x: next(iter(self.order))(self.by_name["fc"](x)) + 0 * len(self.kept), m
+    )
+
+
+def object_with_slots(m: Pair) -> None:
+    m.calls = Slots(m.fc, m.drop)
+
+
+def frozen_object_with_slots(m: Pair) -> None:
+    m.calls = Frozen((m.fc, m.drop)).run
+
+
 WIRINGS = [
     closure,
     default_arguments,
@@ -136,6 +183,11 @@ WIRINGS = [
     keyed_by_module,
     plain_tuple_in_a_set_and_a_dict,
     recursive_closure,
+    proxies,
+    weak_methods,
+    weak_containers,
+    object_with_slots,
+    frozen_object_with_slots,
 ]
 
 
@@ -167,6 +219,14 @@ class TestReferences:
         host.fc.register_forward_hook(lambda *_: reached.append("host"))
         host(rows())
         assert reached == ["host"]
+
+    def test_a_proxy_that_torch_took_for_a_child_follows(self):
+        host = Pair(lambda m: setattr(m, "near", weakref.proxy(m.fc)))
+        host.calls = types.MethodType(lambda self, x: self.near(x), host)
+        clone = clone_tree(host)
+        assert clone.near.weight is host.fc.weight
+        clone.fc.mark, host.fc.mark = "clone", "host"
+        assert (clone.near.mark, host.near.mark) == ("clone", "host")
 
     def test_a_closure_without_modules_keeps_its_cells(self):
         count = [0]
@@ -414,6 +474,48 @@ class TestValues:
         clone.running.add_(1)
         assert torch.equal(host.running, torch.zeros(8))
         assert clone.views["w"] is clone.weight
+
+    def test_a_copy_has_its_own_leaves_wherever_attributes_hold_them(self):
+        class Weight:
+            __slots__ = ("weight",)
+
+        host = nn.Linear(8, 8)
+        host.scale = torch.ones(8, requires_grad=True)
+        host.held = Weight()
+        host.held.weight = nn.Parameter(torch.ones(8))
+        host.listed = [host.held.weight, torch.ones(2, device="meta", requires_grad=True), host.weight]
+        host.calls = functools.partial(nn.functional.linear, weight=host.scale)
+        host.computed = host.scale * 2
+        clone = clone_tree(host, copy_tensors=True)
+        copied = [clone.scale, clone.held.weight, clone.listed[1], clone.calls.keywords["weight"]]
+        own = [host.scale, host.held.weight, host.listed[1], host.calls.keywords["weight"]]
+        for mine, theirs in zip(copied, own, strict=True):
+            assert mine is not theirs
+            assert (type(mine), mine.requires_grad, mine.is_leaf) == (type(theirs), True, True)
+            assert mine.is_meta or mine.data_ptr() != theirs.data_ptr()
+        assert clone.listed[0] is clone.held.weight
+        assert clone.listed[2] is clone.weight
+        assert clone.calls.keywords["weight"] is clone.scale
+        assert clone.computed is host.computed  # it is no leaf, and goes on being computed from the host's
+        shared = clone_tree(host)
+        assert shared.scale is host.scale
+        assert shared.listed[0] is host.listed[0]
+
+    def test_training_a_copy_leaves_plain_leaves_of_the_host_alone(self):
+        host = Pair(lambda m: setattr(m, "calls", lambda x: x))
+        host.scale = torch.ones(8, requires_grad=True)
+        host.forward = types.MethodType(lambda self, x: self.fc(x) * self.scale, host)
+        model = morphc.compile(host, rows(), share=False)
+        model(rows()).sum().backward()
+        assert host.scale.grad is None
+        assert model.scale.grad is not None
+
+    def test_a_dead_proxy_stays_what_it_is(self):
+        host = nn.Sequential(nn.Linear(8, 8))
+        host.gone = [weakref.proxy(Helper(host))]
+        for share in (True, False):
+            model = morphc.compile(host, rows(), share=share)
+            assert type(model.gone[0]) is weakref.ProxyType or callable(model.gone[0])
 
     def test_a_module_under_two_names_stays_one(self):
         clone = clone_tree(tied())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import random
 import types
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,14 @@ class Log:
         self.items: list[Any] = []
 
 
+@dataclass(slots=True)
+class Tally:
+    """Another one, without a `__dict__`."""
+
+    items: list[int] = field(default_factory=list)
+    count: int = 0
+
+
 class Remembers(nn.Module):
     """Its forward changes everything that an attribute can hold."""
 
@@ -39,6 +49,8 @@ class Remembers(nn.Module):
         self.grouped: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
         self.ordered: collections.OrderedDict[str, int] = collections.OrderedDict()
         self.log = Log()
+        self.tally = Tally()
+        self.counts = functools.partial(list.append, [])
         self.steps = torch.zeros(())
         self.running = torch.zeros(8)
         self.array = np.zeros(2)
@@ -55,6 +67,9 @@ class Remembers(nn.Module):
         self.grouped["x"].append(1)
         self.ordered[f"{len(self.ordered)}"] = 1
         self.log.items.append(h.detach())
+        self.tally.items.append(1)
+        self.tally.count += 1
+        self.counts(1)
         self.steps += 1
         self.running.mul_(0.9).add_(h.detach().mean(0))
         self.array[0] += 1

@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -44,6 +45,13 @@ def counts(model: nn.Module) -> dict[str, int]:
     found = {path: int(n) for path, n in zip(seeds.sites, seeds.telemetry()["count"].tolist(), strict=True)}
     seeds.reset_telemetry()
     return found
+
+
+@dataclass(slots=True)
+class Slotted:
+    gain: float
+    bias: object
+    names: list[str]
 
 
 class Options(nn.Module):
@@ -129,12 +137,13 @@ class TestRewrittenForward:
         host.scale = model.scale = 1.0
         assert_same(host, model, rows())
 
-    def test_a_changed_option_of_its_config_object_is_obeyed(self):
+    @pytest.mark.parametrize("kind", [types.SimpleNamespace, Slotted])
+    def test_a_changed_option_of_its_config_object_is_obeyed(self, kind):
         class Configured(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.weight = nn.Parameter(torch.randn(4, 8) / 3)
-                self.config = types.SimpleNamespace(gain=1.0, bias=None, names=["a"])
+                self.config = kind(gain=1.0, bias=None, names=["a"])
 
             def forward(self, x: Tensor) -> Tensor:
                 h = torch.relu(F.linear(x, self.weight)) * self.config.gain

@@ -12,10 +12,10 @@ import pytest
 import torch
 from compiler_hosts import HOSTS, Functional, Mlp, compiled, line_of, rows
 
-from morphc.compiler import default_passes
+from morphc.compiler import bisect, default_passes
 from morphc.config import Config
-from morphc.errors import ConfigError, MorphcError, PassError, UnknownNameError
-from morphc.passes import manager
+from morphc.errors import ConfigError, MorphcError, PassError, PassOrderError, UnknownNameError
+from morphc.passes import dumps, manager
 from morphc.passes.capture import Capture
 from morphc.passes.manager import PassRecord, known_passes, parse_passes, register_pass, run_passes
 from morphc.passes.plan import Miss
@@ -150,9 +150,10 @@ class TestBrokenPasses:
     def test_a_failing_precondition_keeps_the_pass_from_running(self):
         ran = []
         probe = make_pass(ran.append, requires=lambda self, p: "the moon is not full")
-        with pytest.raises(PassError, match="pass 'probe' can't start: the moon is not full"):
+        with pytest.raises(PassOrderError, match="pass 'probe' can't start: the moon is not full"):
             run_passes(program_of(Mlp()), [probe()])
         assert not ran
+        assert not dumps.folder().exists()
 
     def test_a_failing_postcondition_is_asked_of_the_result(self):
         seen = []
@@ -188,11 +189,67 @@ class TestBrokenPasses:
         assert dump.is_file()
         dump.unlink()
 
-    def test_a_pass_that_raises_without_a_node_names_pass_and_error(self):
+    @pytest.mark.parametrize("own", [KeyError("fc9"), PassError("no fc9 here")], ids=["any", "own"])
+    def test_a_pass_that_raises_without_a_node_names_pass_error_and_line(self, own):
+        def apply(program: Program) -> None:
+            helper(program)
+
+        def helper(program: Program) -> None:
+            raise own
+
+        with pytest.raises(PassError) as caught:
+            run_passes(program_of(Mlp()), [make_pass(apply)()])
+        what = "KeyError: 'fc9'" if isinstance(own, KeyError) else "no fc9 here"
+        line = line_of(helper, "raise own")
+        assert str(caught.value).startswith(f"pass 'probe' failed: {what} at {line}: raise own (dump: ")
+
+    def test_a_pass_that_raises_in_a_library_names_its_own_line(self):
+        def apply(program: Program) -> None:
+            dataclasses.replace(program, nothing=1)
+
+        with pytest.raises(PassError, match="pass 'probe' failed: TypeError: ") as caught:
+            run_passes(program_of(Mlp()), [make_pass(apply)()])
+        assert f" at {line_of(apply, 'replace(')}: dataclasses.replace(" in str(caught.value)
+
+    @pytest.mark.parametrize("which", ["requires", "ensures"])
+    def test_a_condition_that_raises_is_a_pass_error_with_its_line(self, which):
+        def condition(self: Any, program: Program) -> str:
+            return {}["moon"]
+
+        probe = make_pass(lambda p: None, **{which: condition})
+        with pytest.raises(PassError) as caught:
+            run_passes(program_of(Mlp()), [probe()])
+        assert f"KeyError: 'moon' at {line_of(condition, 'moon')}" in str(caught.value)
+
+    def test_an_error_of_morphcs_keeps_its_type(self):
+        def apply(program: Program) -> None:
+            Config(rank=0)
+
+        with pytest.raises(ConfigError, match="rank=0"):
+            run_passes(program_of(Mlp()), [make_pass(apply)()])
+
+    def test_the_newest_dumps_are_kept_in_one_folder(self, tmp_path):
         def apply(program: Program) -> None:
             raise KeyError("fc9")
 
-        with pytest.raises(PassError, match="pass 'probe' failed: KeyError: 'fc9'"):
+        program = program_of(Mlp())
+        places = []
+        for _ in range(dumps.KEPT + 3):
+            with pytest.raises(PassError) as caught:
+                run_passes(program, [make_pass(apply)()])
+            places.append(dump_in(str(caught.value)))
+        assert {place.parent for place in places} == {tmp_path / "cache" / "dumps"}
+        assert len(list(places[-1].parent.iterdir())) == dumps.KEPT
+        assert places[-1].is_file()
+        assert not places[0].exists()
+
+    def test_a_dump_that_cannot_be_written_hides_nothing(self, tmp_path, monkeypatch):
+        def apply(program: Program) -> None:
+            raise KeyError("fc9")
+
+        (tmp_path / "plain").write_text("")
+        monkeypatch.setenv("MORPHC_CACHE_DIR", str(tmp_path / "plain"))
+        with pytest.raises(PassError, match=r"KeyError: 'fc9' .*\(no dump: .*can't be written"):
             run_passes(program_of(Mlp()), [make_pass(apply)()])
 
     def test_a_pass_that_drops_a_site_in_silence_is_refused(self):
@@ -224,6 +281,45 @@ class Typed:
 
     def apply(self, program: Program) -> None:
         pass
+
+
+class TestOrder:
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("lower,capture", "pass 'capture' comes after 'lower'"),
+            (
+                "capture,plan-chunks,find-candidates,insert-sites,lower",
+                "'find-candidates' comes after 'plan-chunks'",
+            ),
+            ("capture,find-candidates,plan-chunks,lower,insert-sites", "'insert-sites' comes after 'lower'"),
+            ("verify,capture,find-candidates,plan-chunks,lower", "'capture' comes after 'verify'"),
+            ("insert-sites,capture", "'capture' comes after 'insert-sites'"),
+            ("capture,find-candidates,lower", "some sites have no seeds planned yet"),
+            ("lower", "nothing was captured yet"),
+        ],
+    )
+    def test_a_wrong_order_of_built_in_passes_is_a_wrong_argument(self, text, words):
+        with pytest.raises(PassOrderError, match=re.escape(words)) as caught:
+            compiled(Mlp(), passes=text)
+        assert isinstance(caught.value, ConfigError)
+
+    def test_bisect_refuses_a_wrong_order_too(self):
+        with pytest.raises(PassOrderError):
+            bisect(Mlp(), (rows(),), passes="find-candidates,capture,lower")
+
+    def test_passes_may_come_again_and_have_others_between_them(self):
+        seen = []
+        probe = make_pass(lambda p: seen.append(len(p.plan.sites)))()
+        first, *rest = default_passes()
+        compiled(Mlp(), passes=[first, first, probe, *rest[:3], probe, *rest])
+        assert seen == [0, 2]
+
+    def test_a_pass_given_twice_without_the_pipeline_runs_twice(self):
+        seen = []
+        probe = make_pass(lambda p: seen.append(p))()
+        compiled(Mlp(), passes=[probe, probe])
+        assert len(seen) == 2
 
 
 class TestNames:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiler_hosts import (
+    HOSTS,
     Functional,
     Matched,
     Mlp,
@@ -23,12 +26,14 @@ from compiler_hosts import (
 )
 from torch import Tensor, fx, nn
 
+import morphc
 from morphc.compiler import bisect
 from morphc.config import Config
 from morphc.errors import VerificationError
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
 from morphc.passes.verify import Verify, doubled, same_bits
+from morphc.runtime.store import store_of
 
 
 def rewriting(
@@ -355,3 +360,74 @@ class TestSameBits:
         (args, kwargs) = doubled(([torch.ones(2, 3)], 4), {"s": torch.tensor(5.0), "n": None})
         assert args[0][0].shape == (4, 3)
         assert (args[1], kwargs["s"].shape, kwargs["n"]) == (4, (), None)
+
+
+TABLE: dict[str, nn.Module] = {}
+
+
+class ThroughATable(nn.Module):
+    """Calls one of its layers through a global table, where no clone can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(8, 8)
+        self.fc2 = nn.Linear(8, 8)
+        TABLE["fc2"] = self.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TABLE["fc2"](torch.relu(self.fc1(x)))
+
+
+class TestBypassed:
+    def test_a_site_whose_layer_is_called_past_the_model_is_said(self):
+        report = compiled(ThroughATable()).report
+        assert all("equal bit for bit" in note for note in report.verification)
+        (warning,) = report.warnings
+        assert warning.startswith("site 'fc2' was bypassed: the model calls the host's own 'fc2'")
+        assert "seeds there would see nothing" in str(report)
+
+    def test_without_a_call_of_a_host_module_it_is_said_too(self):
+        class Unbound(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+                self.keep = [weakref.WeakMethod(self.fc.forward)]
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.keep[0]()(x)
+
+        (warning,) = compiled(Unbound()).report.warnings
+        assert warning == "site 'fc' was bypassed: nothing called its layer; seeds there would see nothing"
+
+    def test_a_copy_that_still_calls_the_host_names_what(self):
+        with pytest.raises(VerificationError, match=r"it calls the host's own 'fc2', through a reference"):
+            compiled(ThroughATable(), share=False)
+
+    @pytest.mark.parametrize("name", HOSTS)
+    def test_sites_that_are_reached_are_not_said(self, name):
+        assert compiled(HOSTS[name]()).report.warnings == ()
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_fused_paths_do_not_hide_a_site(self, frozen):
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        host = nn.TransformerEncoder(layer, 2).requires_grad_(not frozen)
+        assert compiled(host, torch.randn(2, 3, 8)).report.warnings == ()
+
+    def test_a_layer_that_only_train_mode_reaches_is_not_said(self):
+        class Auxiliary(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+                self.extra = nn.Linear(8, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x) + (self.extra(x) if self.training else 0)
+
+        assert compiled(Auxiliary()).report.warnings == ()
+
+    def test_counting_leaves_nothing_behind(self):
+        model = compiled(Functional()).model
+        for site in morphc.seeds(model).sites.values():
+            assert "forward" not in vars(site.site)
+        for wrapper in store_of(model).wrapped:
+            assert isinstance(wrapper.inner, types.MethodType)

@@ -373,6 +373,23 @@ def test_unknown_sites_and_double_attachment_are_refused():
         attach(nn.Linear(2, 3), [SiteRequest("", nn.Linear(2, 3), 3, seeds=9)], Config())
 
 
+def test_the_handle_of_a_site_tells_what_its_seeds_are():
+    host = feed()
+    seeds = seeds_of(host)
+    host.train()(torch.randn(5, 6))
+    handle = seeds["fc2"]
+    assert (handle.path, handle.features, len(handle), handle.mode) == ("fc2", 7, 3, Mode.DORMANT)
+    assert handle.chunks == [(0, 3), (3, 5), (5, 7)]
+    everything = seeds.telemetry()
+    for name, values in handle.telemetry().items():
+        torch.testing.assert_close(values, everything[name][handle.rows], equal_nan=True)
+    assert handle.telemetry()["count"].tolist() == [15.0, 10.0, 10.0]
+    handle.assign([1], L.FINE_TUNING)
+    assert handle.mode is Mode.ACTIVE
+    assert handle.history(1) == seeds.history("fc2", 1) == [(0, L.DORMANT, L.FINE_TUNING)]
+    assert handle.history(0) == []
+
+
 def test_history_remembers_the_last_ten():
     host = feed()
     handle = seeds_of(host)["fc2"]
