@@ -35,12 +35,21 @@ class KernelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """Readable and derived from the fields: `forward_bottleneck_h4096_s1024_k64_r16_bf16`."""
+        """Readable and derived from the fields: `forward_bottleneck_h4096_s1024_k64_r16_bf16`.
+
+        What a kernel hasn't got is left out (`telemetry_h4096_s1024_bf16`, `lifecycle_int32`), and so is what most
+        have: the blend `residual`, features last, no epilogue.
+        """
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-        return (
-            f"{self.kind}_{self.blueprint}_h{self.features}_s{self.seeds}_k{self.slots}_r{self.rank}"
-            f"_{short.get(self.dtype, self.dtype)}"
-        )
+        numbers = {"h": self.features, "s": self.seeds, "k": self.slots, "r": self.rank}
+        parts = [self.kind, self.blueprint, "" if self.blend == "residual" else self.blend]
+        parts += [f"{letter}{number}" for letter, number in numbers.items() if number]
+        parts += [
+            short.get(self.dtype, self.dtype),
+            "" if self.layout == "last" else self.layout,
+            self.epilogue or "",
+        ]
+        return "_".join(part for part in parts if part)
 
     @property
     def digest(self) -> str:
@@ -49,12 +58,21 @@ class KernelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Launch parameters of one kernel."""
+    """Launch parameters of one kernel; a kind that has no use for one leaves it as it is.
+
+    block_rows, block_cols: tile of one program. num_warps, num_stages: Triton's own. group: listed chunks that
+    share a tile (P). programs: grid of a persistent kernel, in programs per multiprocessor. splits: row splits
+    of a grid that isn't persistent; 0 leaves them to the host module. maxnreg: cap on registers a thread.
+    """
 
     block_rows: int
     block_cols: int
     num_warps: int
     num_stages: int
+    group: int = 1
+    programs: int = 0
+    splits: int = 0
+    maxnreg: int | None = None
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ docs are generated from it or checked against it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
@@ -78,3 +79,19 @@ def mode_of(states: set[Lifecycle] | frozenset[Lifecycle]) -> Mode:
     if any(TABLE[state].trains == "isolated" for state in states):
         return Mode.TRAINING
     return Mode.DORMANT
+
+
+def bits(states: Callable[[Lifecycle], bool]) -> int:
+    """A set of states as an integer: bit n for state n."""
+    return sum(1 << state for state in TABLE if states(state))
+
+
+BLENDS: Final = bits(lambda state: TABLE[state].forward == "blend")
+TRAINS: Final = bits(lambda state: TABLE[state].trains != "nothing")
+ISOLATED: Final = bits(lambda state: TABLE[state].trains == "isolated")
+HOLDS_SLOT: Final = bits(lambda state: TABLE[state].holds_slot)
+
+MINIMUM_TICKS: Final = MappingProxyType(
+    {_L.TRAINING: 100, _L.GRAFTING: 50, _L.STABILIZATION: 20, _L.EVALUATING: 30, _L.FINE_TUNING: 50}
+)
+"""Ticks that a seed stays in a state before it may leave by request; a rollback doesn't wait."""

@@ -67,11 +67,16 @@ class Blueprint(ABC):
     layer or block taps as [rows, in]; `spatial` gets chunk taps as [K, N, C, *spatial] and layer or block
     taps as [N, in, *spatial]. The result is [K, rows, C] or [K, N, C, *spatial], to match. (Behind a
     convolution the layer and block taps are always spatial.)
+
+    template: Jinja macros for its Triton kernels: a file (relative to the one that defines the class) or, if
+    there is a line break in it, the template's text. None for a built-in one, which morphc brings itself, and
+    for a blueprint that runs on the torch backend only.
     """
 
     name: ClassVar[str]
     tap: ClassVar[Tap]
     arrangement: ClassVar[Arrangement] = "rows"
+    template: ClassVar[str | None] = None
 
     def refuses(self, geometry: Geometry) -> str:
         """Why this blueprint can't be used there, or an empty string."""

@@ -36,6 +36,9 @@ from morphc.kernels.reference.activations import (
 PIECE_ELEMENTS = 1 << 17
 """Elements of a piece of the rows, which is to stay in the second-level cache between the passes."""
 
+PIECE_ROWS = 1024
+"""A float32 sum of more would lose digits that count."""
+
 BYTE = 255
 """As many ones can be counted in a byte."""
 
@@ -114,7 +117,7 @@ def cut_of(features: int, seeds: int) -> Cut:
 
 @np.errstate(invalid="ignore", over="ignore")
 def first_shift(values: Array, cut: Cut) -> Floats:
-    """What telemetry's sums are taken around: zero, unless the first rows lie further from it than four
+    """What telemetry's sums are taken around: zero, unless the first rows lie further from it than three
     times their spread.
 
     Then the means of the chunks over those rows, as sums around zero would lose their digits.
@@ -123,7 +126,7 @@ def first_shift(values: Array, cut: Cut) -> Floats:
     count = cut.widths * len(head)
     mean = np.add.reduceat(head.sum(0), cut.starts) / count
     square = np.add.reduceat(np.einsum("rc,rc->c", head, head), cut.starts) / count
-    if (mean * mean <= 16 * (square - mean * mean)).all():
+    if (mean * mean <= 9 * (square - mean * mean)).all():
         return np.zeros_like(mean)
     return mean.astype(values.dtype).astype(np.float64)
 
@@ -212,7 +215,7 @@ class Meter:
 
         rows, features, seeds = rows // abreast, features * abreast, seeds * abreast
         self.shape = rows, features
-        pieces = -(-rows // max(1, PIECE_ELEMENTS // features))
+        pieces = -(-rows // max(1, min(PIECE_ROWS, PIECE_ELEMENTS // features)))
         size = -(-rows // pieces)
         starts = range(0, rows, size)
         runs = cut_of(features, seeds).runs

@@ -1,0 +1,172 @@
+"""Candidates of a site's kernels on a device: what `tuning.tune` times.
+
+    tune_site(spec, rows, torch.device("cuda"))     # spec.kind says which kernel; the answer is what `choose` gives
+
+A tenth of the seeds is active, or all slots where there are fewer: the case that the kernels are tuned for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphc.errors import UnsupportedKernelError
+from morphc.kernels import active, devices, gradient, launch, telemetry, training, tuning
+from morphc.kernels.devices import Device
+from morphc.kernels.layout import View
+from morphc.kernels.reference.active_list import active_list
+from morphc.kernels.spec import KernelSpec, TuneConfig
+from morphc.kernels.templating import cdiv
+from morphc.kernels.tuning import Candidate, Run, TimeFunction, Tuned
+
+ROTATED_BYTES: Final = 240 << 20
+"""Bytes of the buffers that calls take turns with: some L2 caches of the largest GPUs."""
+
+MOST_BUFFERS: Final = 64
+
+# States of the seeds that candidates are timed with; any numbers do.
+ISOLATED, BLENDING = 2, 4
+
+
+class Bench(NamedTuple):
+    """What candidates of one spec are run on. buffers: activations, larger than the cache together."""
+
+    spec: KernelSpec
+    device: torch.device
+    buffers: Sequence[Tensor]
+    view: View
+    listed: Tensor
+    params: Sequence[Tensor]
+
+    def buffer(self, call: int, behind: int = 0) -> Tensor:
+        """The activation of a call; `behind` gives another one."""
+        return self.buffers[(call + behind) % len(self.buffers)]
+
+
+def tune_site(
+    spec: KernelSpec,
+    rows: int,
+    device: torch.device,
+    *,
+    time: TimeFunction = tuning.graph_times,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tuned:
+    """Time the candidates for `rows` rows on `device`, and keep the fastest for `tuning.choose`.
+
+    Raises UnsupportedKernelError for a kind that isn't tuned, and what `tuning.tune` raises.
+    """
+    if spec.kind not in KINDS:
+        raise UnsupportedKernelError(f"no kernel of kind {spec.kind!r} is tuned; {', '.join(KINDS)} are")
+    rows = tuning.bucket(rows)
+    model = devices.parse(str(device)) if device.type == "cuda" else devices.H200
+    configs, start = KINDS[spec.kind]
+    bench = make_bench(spec, rows, device)
+    offered = []
+    for config in configs(spec, rows, model):
+        with launch.collecting(model.arch) as jobs:
+            start(bench, config)(0)
+        offered.append(Candidate(config, jobs, lambda config=config: start(bench, config)))  # type: ignore[misc]
+    return tuning.tune(spec, rows, offered, time, processes=processes, progress=progress)
+
+
+def make_bench(spec: KernelSpec, rows: int, device: torch.device) -> Bench:
+    """Activations of `rows` rows and a bank whose seeds change nothing, so that calls without number leave finite
+    values: for others kernels take detours.
+    """
+    dtype = getattr(torch, spec.dtype)
+    size = max(1, rows * spec.features * dtype.itemsize)
+    count = 2 if device.type == "cpu" else max(2, min(MOST_BUFFERS, cdiv(ROTATED_BYTES, size)))
+    generator = torch.Generator(device=device).manual_seed(0)
+    first = spec.layout == "channels_first"
+    shape = (1, spec.features, rows) if first else (rows, spec.features)
+    buffers = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+    view = (
+        View("channels_first", rows, rows * spec.features, rows)
+        if first
+        else View("last", rows, spec.features, 1)
+    )
+    params = []
+    if spec.blueprint:
+        for name, sizes in gradient.shapes(spec).items():
+            value = 0.01 if name.startswith("in_") else 0.0
+            params.append(torch.full((spec.slots, *sizes), value, device=device))
+    return Bench(spec, device, buffers, view, listing(spec, device), params)
+
+
+def listing(spec: KernelSpec, device: torch.device) -> Tensor:
+    """The list of a bank with a tenth of the seeds active, spread over the site; they blend, but for `train`."""
+    count = max(1, min(spec.slots, cdiv(spec.seeds, 10)))
+    owner = torch.full((max(1, spec.slots),), -1, dtype=torch.int64)
+    owner[:count] = torch.arange(count) * spec.seeds // count
+    state = ISOLATED if spec.kind == "train" else BLENDING
+    lifecycle = torch.full((spec.seeds,), state, dtype=torch.int32)
+    alpha = torch.full((spec.seeds,), 0.5)
+    return active_list(owner, lifecycle, alpha, 1 << BLENDING, 1 << ISOLATED, 1 << state).to(device)
+
+
+def _forward(bench: Bench, config: TuneConfig) -> Run:
+    kernel = active.Forward(bench.spec, config, bench.device)
+    return lambda call: kernel(bench.buffer(call), bench.view, bench.listed, bench.params)
+
+
+def _backward(bench: Bench, config: TuneConfig) -> Run:
+    spec, view = bench.spec, bench.view
+    kernel = gradient.Backward(spec, config, bench.device)
+    stash = torch.zeros(active.stash_shape(spec, view), dtype=bench.buffers[0].dtype, device=bench.device)
+    flat = torch.empty(spec.slots * gradient.gradient_size(spec), device=bench.device)
+
+    def run(call: int) -> None:
+        dy, dx = bench.buffer(call), bench.buffer(call, 1)
+        kernel(dy, view, dx, view, bench.listed, bench.params, stash, flat, copied=not kernel.copies)
+
+    return run
+
+
+def _train(bench: Bench, config: TuneConfig) -> Run:
+    kernel = training.Trainer(bench.spec, config, bench.device)
+    moments = [[torch.zeros_like(param) for param in bench.params] for _ in range(2)]
+    step = torch.zeros(bench.spec.slots, dtype=torch.int64, device=bench.device)
+    bank = training.Bank(bench.params, moments[0], moments[1], step)
+    loss = torch.zeros(bench.spec.seeds, device=bench.device)
+    # Nothing is learned: what is timed last is what was timed first.
+    rates = training.Rates(lr=0.0)
+    return lambda call: kernel.reconstruct(bench.buffer(call), bench.view, bench.listed, bank, loss, rates)
+
+
+def _telemetry(bench: Bench, config: TuneConfig) -> Run:
+    kernel = telemetry.Telemetry(bench.spec, 0.0, bench.device, config)
+    cells = kernel.new_cells(bench.view)
+    sums = torch.zeros(8, bench.spec.seeds, dtype=torch.float64, device=bench.device)
+    counts = torch.zeros(3, bench.spec.seeds, dtype=torch.int64, device=bench.device)
+    return lambda call: kernel(bench.buffer(call), bench.view, cells, sums, counts)
+
+
+def _with_default(
+    default: Callable[[KernelSpec, int], TuneConfig],
+) -> Callable[[KernelSpec, int, Device], Sequence[TuneConfig]]:
+    def configs(spec: KernelSpec, rows: int, device: Device) -> Sequence[TuneConfig]:
+        return tuple(dict.fromkeys((default(spec, rows), *tuning.candidates(spec, rows, device))))
+
+    return configs
+
+
+def _telemetry_configs(spec: KernelSpec, rows: int, device: Device) -> Sequence[TuneConfig]:
+    return telemetry.candidates(spec, rows, tuning.processors(device))
+
+
+KINDS: Final[
+    Mapping[
+        str,
+        tuple[Callable[[KernelSpec, int, Device], Sequence[TuneConfig]], Callable[[Bench, TuneConfig], Run]],
+    ]
+] = {
+    "forward": (tuning.candidates, _forward),
+    "backward": (_with_default(gradient.default), _backward),
+    "train": (_with_default(training.default), _train),
+    "telemetry": (_telemetry_configs, _telemetry),
+}
+"""Kind -> the configs worth timing, best guess first, and how a config is run."""

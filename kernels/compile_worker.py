@@ -1,0 +1,198 @@
+"""A process that compiles kernels: jobs as lines of JSON on stdin, results as lines of JSON on stdout.
+
+Run as a file, not as a module of the package: all it imports is triton (torch would cost every worker seconds and
+hundreds of MB), and it isn't started by `multiprocessing`, which would run the user's main script again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+
+def build(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: tuple[str, ...],
+    options: dict[str, Any],
+    target: Any,
+) -> Any:
+    """A `CompiledKernel`. The signature is without the constexprs: a launcher then doesn't ask for them."""
+    import triton
+
+    place = {name: (index,) for index, name in enumerate(function.arg_names)}
+    attrs = {place[name]: [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=target, options=options)
+
+
+def gpu_target(name: str) -> Any:
+    """`cuda:90` or `hip:gfx942` as Triton's compiler takes it."""
+    from triton.backends.compiler import GPUTarget
+
+    kind, _, arch = name.partition(":")
+    return GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
+
+
+def measure(kernel: Any, log: str = "") -> dict[str, Any]:
+    """What a compiled kernel uses: registers and spilled 32-bit values a thread, bytes of shared memory, size.
+
+    log: what ptxas said of it, if it was just run.
+    """
+    cuda = kernel.metadata.target.backend == "cuda"
+    registers, spills = _cuda(kernel, log) if cuda else _hip(kernel.asm["amdgcn"])
+    launched = f"{kernel.metadata.num_warps} {kernel.metadata.shared}\n"
+    code = _without_places(kernel.asm["ptx" if cuda else "amdgcn"])
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": kernel.metadata.shared,
+        "size": len(kernel.kernel),
+        "digest": hashlib.sha256((launched + code).encode()).hexdigest(),
+    }
+
+
+def _without_places(assembly: str) -> str:
+    """The code alone: the source's path and lines are in it too, and another cache folder has other paths."""
+    code = re.split(r"^\s*\.section\s+\.debug", assembly, maxsplit=1, flags=re.MULTILINE)[0]
+    return re.sub(r"^\s*(\.loc|\.file|//|;).*\n", "", code, flags=re.MULTILINE)
+
+
+def _cuda(kernel: Any, log: str) -> tuple[int, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.kernel)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(rf"Function {re.escape(kernel.metadata.name)}:\s*REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of {kernel.metadata.name}: {told}")
+    # A stack is there for what is spilled, and for calls of functions that aren't inlined; only ptxas tells them apart.
+    if not int(found[2]):
+        return int(found[1]), 0
+    spilled = re.findall(r"(\d+) bytes spill stores", log or _ptxas_log(kernel))
+    return int(found[1]), sum(map(int, spilled)) // 4
+
+
+def _ptxas_log(kernel: Any) -> str:
+    """What ptxas says of a kernel that Triton had in its cache, and of the functions that it calls."""
+    from triton import knobs
+
+    arch = kernel.metadata.target.arch
+    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(kernel.asm["ptx"])
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [tool.path, "-v", f"--gpu-name={name}", path, "-o", os.path.join(folder, "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _hip(assembly: str) -> tuple[int, int]:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+
+
+def explain(error: BaseException) -> tuple[str, list[tuple[str, int]]]:
+    """What a compiler's error says with its causes, and the places: (text of a function, line in it), inner last."""
+    said: list[str] = []
+    places: list[tuple[str, int]] = []
+    current: BaseException | None = error
+    while current is not None:
+        text, line = getattr(current, "src", None), getattr(getattr(current, "node", None), "lineno", 0)
+        if isinstance(text, str) and line:
+            places.append((text, line))
+        told = str(current).rstrip() or repr(current)
+        if refused := re.findall(
+            r"^ptxas (?:fatal|error)\s*:(?! Ptx assembly aborted)\s*(.*)", told, re.MULTILINE
+        ):
+            told = f"ptxas: {'; '.join(refused)}"
+        if told not in said:
+            said.append(told)
+        current = current.__cause__
+    return "\n".join(said), places
+
+
+def _load(path: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    module = sys.modules.get(job["module"]) or _load(job["path"], job["module"])
+    started = _processor_seconds()
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        kernel = build(
+            getattr(module, job["function"]),
+            job["signature"],
+            job["constants"],
+            tuple(job["aligned"]),
+            job["options"],
+            gpu_target(job["target"]),
+        )
+    return measure(kernel, log.getvalue()) | {"seconds": _processor_seconds() - started}
+
+
+def _processor_seconds() -> float:
+    """Of this process and those it waited for, ptxas above all: a busy machine makes them no more."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _end_with(parent: int) -> None:
+    """End this process and its ptxas, which may have minutes to go, once nobody is there to read the answer."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Answer jobs until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    # Triton prints what ptxas refuses, which would stand between the answers.
+    os.dup2(2, 1)
+    # It also prints what ptxas says, if asked to; that is where spills are told.
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    sys.dont_write_bytecode = True
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    import triton
+
+    answers.write(json.dumps({"ready": triton.__version__}) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = _run(job)
+        except Exception as error:
+            said, places = explain(error)
+            answer = {"error": said, "places": places}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""The seeds of a bank in the backward of their site: what the gradient of an activation becomes, and the slots' own.
+
+    backward = Backward(spec, config, device)
+    dx = dy.clone()                                   # or empty_like(dy), and copied=False, where `backward.copies`
+    backward(dy, view, dx, view, active, params, stash, gradient, copied=True)
+    in_weight_gradient = sections(spec, gradient)["in_weight"]
+
+Two launches. `backward` writes the columns of blending chunks into dx and, for slots that train, sums over ranges
+of rows; its grid is fixed, and its programs share the blocks of `config.block_rows` rows of all groups of
+`config.group` listed chunks evenly, so nothing is read from the device to launch it. `reduce` adds the sums up in a
+fixed order into one flat buffer: parameter after parameter, each [K, ...], zeros for slots that don't train. So two
+runs agree bit for bit.
+
+An Inf or NaN stays in its own chunk's rows of dx, and in its own slot's gradients. Several chunks may share a product,
+where 0 * Inf would carry it over: a group whose sums are not all finite is walked again, each chunk alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphc.errors import UnsupportedKernelError
+from morphc.kernels import codegen, launch
+from morphc.kernels.active import DEEPEST, WIDEST, Precision, target_of
+from morphc.kernels.blueprints.base import Geometry, get
+from morphc.kernels.codegen import Source
+from morphc.kernels.compile import Job
+from morphc.kernels.layout import View
+from morphc.kernels.reference.blends import blend_shapes
+from morphc.kernels.spec import KernelSpec, TuneConfig
+from morphc.kernels.templating import cdiv, next_pow2
+
+BLUEPRINTS: Final = ("affine", "bottleneck")
+"""Blueprints whose gradients have kernels."""
+
+PARTS: Final = 64
+"""Ranges of rows that a group is cut into at most, unless a config says otherwise."""
+
+REDUCE_FLOATS: Final = 256
+REDUCE_DEPTH: Final = 8
+REDUCE_WARPS: Final = 4
+
+COPY_BYTES: Final = 256
+"""Bytes that each thread of a program that copies has on their way."""
+
+_ITEM: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Param(NamedTuple):
+    """A parameter in a slot's gradient: `size` floats from `start` on."""
+
+    name: str
+    size: int
+    start: int
+
+
+class Tile(NamedTuple):
+    """What one program works on at a time: the constexprs of that name."""
+
+    rows: int
+    columns: int
+    units: int
+    group: int
+    units_first: bool
+    dense: bool
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of the walk over a group."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "UNITS": self.units,
+            "GROUP": self.group,
+            "UNITS_FIRST": int(self.units_first),
+        }
+
+
+def refuses(spec: KernelSpec) -> str:
+    """Why there are no kernels for the gradients of `spec`, or an empty string."""
+    if spec.blueprint not in BLUEPRINTS:
+        return f"blueprint {spec.blueprint!r} has no kernel for its gradients"
+    if spec.dtype not in _ITEM:
+        return f"no kernel reads {spec.dtype}"
+    if spec.chunk > WIDEST:
+        return (
+            f"chunks of {spec.chunk} features are wider than the {WIDEST} that a tile holds; use more seeds"
+        )
+    if spec.rank > DEEPEST:
+        return f"rank {spec.rank} is above the {DEEPEST} that a tile holds"
+    return ""
+
+
+@lru_cache(maxsize=256)
+def shapes(spec: KernelSpec) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each parameter of one slot, in the bank's order."""
+    geometry = Geometry(spec.features, spec.chunk, spec.rank, tap_features=spec.features)
+    return get(spec.blueprint).shapes(geometry) | blend_shapes(spec.blend, spec.chunk)
+
+
+@lru_cache(maxsize=256)
+def params_of(spec: KernelSpec) -> tuple[Param, ...]:
+    """The parameters in a slot's gradient, one behind the other."""
+    found, start = [], 0
+    for name, shape in shapes(spec).items():
+        size = int(torch.Size(shape).numel())
+        found.append(Param(name, size, start))
+        start += size
+    return tuple(found)
+
+
+def gradient_size(spec: KernelSpec) -> int:
+    """Floats in one slot's gradient."""
+    return params_of(spec)[-1].start + params_of(spec)[-1].size
+
+
+def sections(spec: KernelSpec, gradient: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter [K, ...] as a view of the flat buffer [K * gradient_size]."""
+    return {
+        param.name: gradient[spec.slots * param.start : spec.slots * (param.start + param.size)].view(
+            spec.slots, *shapes(spec)[param.name]
+        )
+        for param in params_of(spec)
+    }
+
+
+def row_size(spec: KernelSpec, extra: int = 0) -> int:
+    """Floats in a row of partial sums: a slot's gradient and `extra`, up to whole 16 bytes."""
+    return cdiv(gradient_size(spec) + extra, 4) * 4
+
+
+def regular(spec: KernelSpec) -> bool:
+    """Whether all chunks are equally wide, and that width a power of two."""
+    return spec.features == spec.chunk * spec.seeds and spec.chunk == next_pow2(spec.chunk)
+
+
+@lru_cache(maxsize=256)
+def source(spec: KernelSpec, interpreted: bool) -> Source:
+    """The file of `backward` and `reduce`. Raises UnsupportedKernelError where `refuses` names a reason."""
+    if reason := refuses(spec):
+        raise UnsupportedKernelError(f"{spec.name}: {reason}")
+    return codegen.render(
+        "backward.py.jinja",
+        spec,
+        params=params_of(spec),
+        per_slot=row_size(spec),
+        dense_columns=16 // _ITEM[spec.dtype] if _may_be_dense(spec) else 0,
+        copies=copies(spec),
+        interpreted=interpreted,
+    )
+
+
+def copies(spec: KernelSpec) -> bool:
+    """Whether the backward can make the copy of dy itself, around the chunks it overwrites: where these are whole
+    memory sectors, which nobody else then writes a part of.
+    """
+    return spec.layout != "channels_first" and regular(spec) and spec.chunk * _ITEM[spec.dtype] >= 32
+
+
+def _may_be_dense(spec: KernelSpec) -> bool:
+    """Whether chunks are so small that reading a run of them at once pays."""
+    return regular(spec) and spec.layout != "channels_first" and spec.chunk * _ITEM[spec.dtype] < 8
+
+
+@lru_cache(maxsize=1024)
+def tile_of(spec: KernelSpec, config: TuneConfig) -> Tile:
+    """What `config` makes of `spec`. A dot needs 16 columns and 16 units."""
+    pad, deep = next_pow2(spec.chunk), next_pow2(spec.rank)
+    if spec.blueprint != "bottleneck":
+        return Tile(config.block_rows, config.group * pad, 1, config.group, False, False)
+    group = config.group
+    columns = max(16, group * pad)
+    units = max(deep, cdiv(16, group))
+    if group == 1:
+        # Both weight gradients stay in registers: at most 64 floats of a thread's 255, fewer beside a wide tile.
+        units = min(units, 16 if columns > 128 else max(16, 1024 * config.num_warps // columns))
+    rows = max(16, config.block_rows)
+    dense = _may_be_dense(spec) and group * spec.chunk == columns
+    # Hopper's tensor cores take float32 only as it lies in memory, which across it doesn't.
+    units_first = spec.dtype != "float32" and group * units >= 64
+    return Tile(rows, columns, units, group, units_first, dense)
+
+
+def default(spec: KernelSpec, rows: int) -> TuneConfig:
+    """A config that spills on no target, where none was tuned."""
+    pad = next_pow2(spec.chunk)
+    if spec.blueprint != "bottleneck":
+        return TuneConfig(16, max(64, pad), 4, 1, group=max(1, 64 // pad), programs=4)
+    wide, bent = spec.dtype == "float32", spec.blend in ("multiply", "gate")
+    if pad >= 64:
+        warps = 4 if pad == 64 and not bent else 8
+        return TuneConfig(16 if wide else 32, pad, warps, 3, programs=2)
+    if wide or pad >= 16:
+        return TuneConfig(32, max(16, pad), 4, 3, programs=2)
+    group = max(1, min((32 if bent else 64) // next_pow2(spec.rank), 16 // pad))
+    return TuneConfig(32, max(16, group * pad), 4, 3, group=group, programs=2)
+
+
+def blocks_of(spec: KernelSpec, view: View, rows: int) -> tuple[bool, int]:
+    """Whether no block of `rows` is cut short, and how many blocks there are."""
+    if view.walk == "channels_first":
+        return view.inner % rows == 0, view.rows // view.inner * cdiv(view.inner, rows)
+    return view.rows % rows == 0, cdiv(view.rows, rows)
+
+
+def common_power(*numbers: int) -> int:
+    """The largest power of two up to 16 that divides all."""
+    together = 16
+    for number in numbers:
+        together |= number
+    return together & -together
+
+
+def is_wide(tile: Tile, spec: KernelSpec, view: View, blocks: int) -> bool:
+    """Whether 31 bits don't count the elements of a group's saved chunks, or all blocks of all groups."""
+    elements = tile.group * next_pow2(spec.chunk) * view.rows
+    return max(elements, cdiv(spec.slots, tile.group) * blocks) >= 2**31
+
+
+class Variant(NamedTuple):
+    """What a launch depends on that isn't known before the call."""
+
+    even: bool
+    stride: int
+    wide: bool
+    aligned: bool
+    copied: bool
+    early: bool
+
+
+def backward_job(
+    spec: KernelSpec,
+    config: TuneConfig,
+    variant: Variant | None = None,
+    *,
+    precision: Precision = "tf32x3",
+    target: str = "cuda:90",
+) -> Job:
+    """`backward` as `compile_all` and `launch.prepare` take it. target: `cpu` for the interpreter."""
+    variant = variant or Variant(False, 16, False, True, True, False)
+    item = f"*{launch.triton_type(getattr(torch, spec.dtype))}"
+    tile = tile_of(spec, config)
+    pointers = {"dy_ptr": item, "dx_ptr": item, "stash_ptr": item, "list_ptr": "*i32"}
+    pointers |= {f"{param.name}_ptr": "*fp32" for param in params_of(spec)} | {"partial_ptr": "*fp32"}
+    numbers = ("rows", "dy_stride", "dx_stride", "inner", "least")
+    wide = max(spec.chunk, 512)
+    constants = tile.constants | {
+        "DENSE": int(tile.dense),
+        "EVEN": int(variant.even),
+        "STRIDE": variant.stride,
+        "WIDE": int(variant.wide),
+        "IN_PLACE": int(variant.copied),
+        "COPY_ROWS": max(1, 32 * config.num_warps * COPY_BYTES // (wide * _ITEM[spec.dtype])),
+        "COPY_COLUMNS": wide,
+        "FAST": int(target.startswith("cuda") and spec.dtype != "float32"),
+        "PRECISION": precision_of(spec, precision, target),
+        "EARLY": int(variant.early),
+    }
+    return Job(
+        source(spec, target == "cpu"),
+        "backward",
+        pointers | dict.fromkeys(numbers, "i32"),
+        constants,
+        list(pointers) if variant.aligned else [],
+        options_of(config, target),
+        target,
+    )
+
+
+def precision_of(spec: KernelSpec, precision: Precision, target: str) -> str:
+    """How dots multiply float32."""
+    if spec.dtype != "float32":
+        return "tf32"
+    return precision if target.startswith("cuda") else "ieee"
+
+
+def options_of(config: TuneConfig, target: str) -> dict[str, Any]:
+    """Triton's own part of a config."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.maxnreg is not None and target.startswith("cuda"):
+        options["maxnreg"] = config.maxnreg
+    return options
+
+
+def reduce_job(
+    spec: KernelSpec,
+    config: TuneConfig,
+    *,
+    wide: bool = False,
+    copied: bool = True,
+    add: bool = False,
+    early: bool = False,
+    target: str = "cuda:90",
+) -> Job:
+    """`reduce` as `compile_all` and `launch.prepare` take it."""
+    floats, positions = reduce_block(spec)
+    tile = tile_of(spec, config)
+    pointers = {"partial_ptr": "*fp32", "gradient_ptr": "*fp32", "list_ptr": "*i32"}
+    constants = {
+        "ROWS": tile.rows,
+        "GROUP": tile.group,
+        "WIDE": int(wide),
+        "IN_PLACE": int(copied),
+        "DEPTH": REDUCE_DEPTH,
+        "POSITIONS": positions,
+        "FLOATS": floats,
+        "ADD": int(add),
+        "EARLY": int(early),
+    }
+    numbers = dict.fromkeys(("rows", "inner", "programs", "least"), "i32")
+    return Job(
+        source(spec, target == "cpu"),
+        "reduce",
+        pointers | numbers,
+        constants,
+        (),
+        {"num_warps": REDUCE_WARPS},
+        target,
+    )
+
+
+def reduce_block(spec: KernelSpec) -> tuple[int, int]:
+    """Floats of a slot's gradient, and positions of the list, that one program of `reduce` adds up."""
+    floats = min(REDUCE_FLOATS, next_pow2(gradient_size(spec)))
+    return floats, REDUCE_FLOATS // floats
+
+
+def prepare(job: Job, device: torch.device, early: bool = False) -> launch.Prepared:
+    """A job of this module, ready on `device`."""
+    return launch.prepare(
+        job.source,
+        job.function,
+        job.signature,
+        job.constants,
+        aligned=job.aligned,
+        pdl=early,
+        device=device,
+        **job.options,
+    )
+
+
+class Backward:
+    """The backward of one spec with one config on one device; its variants are compiled when first called for.
+
+    copies: whether a call with `copied=False` can be made.
+    """
+
+    __slots__ = (
+        "config",
+        "copies",
+        "device",
+        "precision",
+        "programs",
+        "reducers",
+        "spec",
+        "tile",
+        "variants",
+    )
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        config: TuneConfig | None,
+        device: torch.device,
+        precision: Precision = "tf32x3",
+    ) -> None:
+        self.spec = spec
+        self.config = config or default(spec, 1)
+        self.device = device
+        self.precision = precision
+        self.tile = tile_of(spec, self.config)
+        self.copies = copies(spec)
+        self.programs = launch.multiprocessors(device) * max(1, self.config.programs)
+        self.variants: dict[Variant, launch.Prepared] = {}
+        self.reducers: dict[tuple[bool, bool, bool], launch.Prepared] = {}
+        source(spec, device.type == "cpu")
+
+    def __call__(
+        self,
+        dy: Tensor,
+        dy_view: View,
+        dx: Tensor | None,
+        dx_view: View | None,
+        active: Tensor,
+        params: Sequence[Tensor],
+        stash: Tensor,
+        gradient: Tensor | None,
+        *,
+        copied: bool = True,
+        add: bool = False,
+        early: bool = False,
+    ) -> None:
+        """Gradients through the listed seeds.
+
+        dy: gradient of the site's value; never written. dx: holds a copy of dy, or with `copied=False` nothing yet;
+        None where no seed blends. active: the list. params: the bank's, float32 [K, ...], contiguous, in its order.
+        stash: what the forward saved. gradient: flat, [K * gradient_size] float32; None where no slot trains.
+        add: to what is in it. early: the launch before this one is one of morphc's own that waits by itself.
+        """
+        if not dy_view.rows:
+            if gradient is not None and not add:
+                gradient.zero_()
+            return
+        even, blocks = blocks_of(self.spec, dy_view, self.tile.rows)
+        least = cdiv(blocks, self.config.splits or PARTS)
+        groups = cdiv(self.spec.slots, self.tile.group)
+        # Programs that have nothing to compute can still copy.
+        programs = min(self.programs, blocks * groups) if copied else self.programs
+        if dx is None or dx_view is None:
+            dx, dx_view, copied = dy, dy_view, True
+        # A row of partial sums for every program, and one more whenever it goes on to another group.
+        size = (programs + groups) * self.tile.group * row_size(self.spec)
+        partial = torch.empty(size, dtype=torch.float32, device=self.device)
+        tensors = [dy, dx, stash, active, *params, partial]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        inner = dy_view.inner if self.spec.layout == "channels_first" else 0
+        stride = common_power(dy_view.stride, dx_view.stride, inner)
+        wide = is_wide(self.tile, self.spec, dy_view, blocks)
+        variant = Variant(even, stride, wide, bits % 16 == 0, copied, early)
+        prepared = self.variants.get(variant) or self._prepare(variant)
+        passed = pointers if self.device.type == "cuda" else tensors
+        strides = dy_view.stride, dx_view.stride
+        prepared.launch((programs, 1, 1), *passed, dy_view.rows, *strides, dy_view.inner, least)
+        if gradient is None:
+            return
+        floats, positions = reduce_block(self.spec)
+        grid = (cdiv(gradient_size(self.spec), floats), cdiv(self.spec.slots, positions), 1)
+        reducer = self.reducers.get((wide, copied, add)) or self._prepare_reduce(wide, copied, add)
+        reducer.launch(grid, partial, gradient, active, dy_view.rows, dy_view.inner, programs, least)
+
+    def _prepare(self, variant: Variant) -> launch.Prepared:
+        target = target_of(self.device)
+        job = backward_job(self.spec, self.config, variant, precision=self.precision, target=target)
+        self.variants[variant] = prepare(job, self.device, variant.early)
+        return self.variants[variant]
+
+    def _prepare_reduce(self, wide: bool, copied: bool, add: bool) -> launch.Prepared:
+        target = target_of(self.device)
+        early = follows_early(self.device)
+        job = reduce_job(
+            self.spec, self.config, wide=wide, copied=copied, add=add, early=early, target=target
+        )
+        self.reducers[wide, copied, add] = prepare(job, self.device, early)
+        return self.reducers[wide, copied, add]
+
+
+def follows_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched there before the one ahead of it has ended."""
+    return target_of(device) == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

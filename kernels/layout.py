@@ -1,0 +1,65 @@
+"""How an activation lies in memory, as the kernels walk it: rows of features, or features of positions."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Walk = Literal["last", "channels_first"]
+
+
+class View(NamedTuple):
+    """An activation of any shape as `rows` rows of features.
+
+    walk `last`: element (r, f) lies at r * stride + f. walk `channels_first`: row r is position l of sample n with
+    r = n * inner + l, and its element f lies at n * stride + f * inner + l. inner is 1 for `last`.
+    """
+
+    walk: Walk
+    rows: int
+    stride: int
+    inner: int
+
+
+def view_of(y: Tensor, axis: int) -> View | None:
+    """How the kernels can walk `y` with its features along `axis`; None where its strides don't allow it.
+
+    Cases: contiguous memory, with the features last or not; channels-last memory of a convolution's output; rows
+    with a gap between them (a slice of something wider).
+    """
+    shape = y.shape
+    dims = len(shape)
+    at = axis % dims
+    features = shape[at]
+    total = y.numel()
+    if total == 0 or features == 0:
+        return None
+    rows = total // features
+    if y.is_contiguous():
+        if at == dims - 1:
+            return View("last", rows, features, 1)
+        inner = 1
+        for size in shape[at + 1 :]:
+            inner *= size
+        if inner == 1:
+            return View("last", rows, features, 1)
+        return View("channels_first", rows, features * inner, inner)
+    strides = y.stride()
+    if strides[at] != 1:
+        return None
+    # The other axes must fold into one with a single stride, from the last to the first.
+    step, expected = None, 0
+    for dim in range(dims - 1, -1, -1):
+        if dim == at or shape[dim] == 1:
+            continue
+        if step is None:
+            step = strides[dim]
+            expected = step * shape[dim]
+        elif strides[dim] != expected:
+            return None
+        else:
+            expected = strides[dim] * shape[dim]
+    if step is None:
+        return View("last", rows, features, 1)
+    return View("last", rows, step, 1) if step >= features else None

@@ -1,0 +1,257 @@
+"""How the slots of a bank learn: AdamW with moments and a step of each slot's own, and isolated training.
+
+    trainer = Trainer(spec, config, device)
+    trainer.step(active, bank, gradients, rates)                        # from the bank's own gradients
+    trainer.reconstruct(x, view, active, bank, loss, rates)             # isolated seeds learn to give their chunk back
+
+`step` is one launch. `reconstruct` is two: `train` sums errors and gradients over ranges of rows, as `backward` of
+`morphc.kernels.gradient` does, and counts the slots' steps; `adamw` adds the sums up in a fixed order and steps
+the slots. Nothing of a slot that doesn't train moves. `morphc.kernels.reference.train` and `.adamw` say what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphc.errors import UnsupportedKernelError
+from morphc.kernels import codegen, gradient, launch
+from morphc.kernels.active import Precision, target_of
+from morphc.kernels.codegen import Source
+from morphc.kernels.compile import Job
+from morphc.kernels.layout import View
+from morphc.kernels.spec import KernelSpec, TuneConfig
+from morphc.kernels.templating import cdiv, next_pow2
+
+DEPTH: Final = 8
+FLOATS: Final = 256
+ADAMW_WARPS: Final = 4
+
+
+class Rates(NamedTuple):
+    """The numbers of AdamW."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    @property
+    def scalars(self) -> tuple[float, ...]:
+        """As the kernel takes them: worked out here in double precision, where 1 - beta keeps its digits."""
+        moments = [(beta, 1 - beta, math.log(beta) if beta else -math.inf) for beta in self.betas]
+        return (self.lr, 1 - self.lr * self.weight_decay, *moments[0], *moments[1], self.eps)
+
+
+class Bank(NamedTuple):
+    """What a step reads and writes of a bank; all [K, ...] and contiguous, float32, `step` int64."""
+
+    params: Sequence[Tensor]
+    means: Sequence[Tensor]
+    squares: Sequence[Tensor]
+    step: Tensor
+
+
+class Variant(NamedTuple):
+    """What a launch depends on that isn't known before the call."""
+
+    live: bool
+    even: bool
+    stride: int
+    wide: bool
+    aligned: bool
+
+
+@lru_cache(maxsize=256)
+def source(spec: KernelSpec, interpreted: bool) -> Source:
+    """The file of `train` and `adamw`. Raises UnsupportedKernelError where there are no gradients for `spec`."""
+    if reason := gradient.refuses(spec):
+        raise UnsupportedKernelError(f"{spec.name}: {reason}")
+    return codegen.render(
+        "train.py.jinja",
+        spec,
+        params=gradient.params_of(spec),
+        per_slot=gradient.row_size(spec, extra=1),
+        dense_columns=0,
+        interpreted=interpreted,
+    )
+
+
+def default(spec: KernelSpec, rows: int) -> TuneConfig:
+    """A config that spills on no target, where none was tuned."""
+    return gradient.default(spec, rows)
+
+
+def train_job(
+    spec: KernelSpec,
+    config: TuneConfig,
+    variant: Variant | None = None,
+    *,
+    precision: Precision = "tf32x3",
+    target: str = "cuda:90",
+) -> Job:
+    """`train` as `compile_all` and `launch.prepare` take it. target: `cpu` for the interpreter."""
+    variant = variant or Variant(False, False, 16, False, True)
+    item = f"*{launch.triton_type(getattr(torch, spec.dtype))}"
+    params = {f"{param.name}_ptr": "*fp32" for param in gradient.params_of(spec)}
+    pointers = {"x_ptr": item, "list_ptr": "*i32", **params, "partial_ptr": "*fp32"}
+    numbers = dict.fromkeys(("rows", "stride", "inner", "workers", "least"), "i32")
+    constants = gradient.tile_of(spec, config).constants | {
+        "LIVE": int(variant.live),
+        "EVEN": int(variant.even),
+        "STRIDE": variant.stride,
+        "WIDE": int(variant.wide),
+        "FAST": int(target.startswith("cuda") and spec.dtype != "float32"),
+        "PRECISION": gradient.precision_of(spec, precision, target),
+    }
+    return Job(
+        source(spec, target == "cpu"),
+        "train",
+        pointers | {"step_ptr": "*i64"} | numbers,
+        constants,
+        list(pointers) if variant.aligned else [],
+        gradient.options_of(config, target),
+        target,
+    )
+
+
+def adamw_job(
+    spec: KernelSpec,
+    config: TuneConfig,
+    *,
+    sums: bool,
+    wide: bool = False,
+    early: bool = False,
+    target: str = "cuda:90",
+) -> Job:
+    """`adamw` as `compile_all` and `launch.prepare` take it."""
+    signature = {"list_ptr": "*i32", "partial_ptr": "*fp32", "loss_ptr": "*fp32"}
+    for param in gradient.params_of(spec):
+        for what in ("gradient_", "", "mean_", "square_"):
+            signature[f"{param.name}_{what}ptr"] = "*fp32"
+    signature["step_ptr"] = "*i64"
+    moments = [f"{moment}_{what}" for moment in ("mean", "square") for what in ("keep", "rate", "log")]
+    signature |= dict.fromkeys(("lr", "keep", *moments, "eps"), "fp32")
+    signature |= dict.fromkeys(("rows", "inner", "workers", "least"), "i32")
+    tile = gradient.tile_of(spec, config)
+    constants = {
+        "ROWS": tile.rows,
+        "GROUP": tile.group,
+        "WIDE": int(wide),
+        "DEPTH": DEPTH if sums else 1,
+        "FLOATS": _floats(spec, sums),
+        "SUMS": int(sums),
+        "EARLY": int(early),
+    }
+    options = {"num_warps": ADAMW_WARPS}
+    return Job(source(spec, target == "cpu"), "adamw", signature, constants, (), options, target)
+
+
+def _floats(spec: KernelSpec, sums: bool) -> int:
+    """Floats of a slot that a program does at a time; alone it does all of them, so it takes more at once."""
+    return min(FLOATS if sums else 4 * FLOATS, next_pow2(gradient.row_size(spec, extra=1)))
+
+
+class Trainer:
+    """The training of one spec with one config on one device; kernels are compiled when first called for."""
+
+    __slots__ = ("config", "device", "precision", "spec", "steppers", "tile", "variants", "workers")
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        config: TuneConfig | None,
+        device: torch.device,
+        precision: Precision = "tf32x3",
+    ) -> None:
+        self.spec = spec
+        self.config = config or default(spec, 1)
+        self.device = device
+        self.precision = precision
+        self.tile = gradient.tile_of(spec, self.config)
+        self.workers = launch.multiprocessors(device) * max(1, self.config.programs)
+        self.variants: dict[Variant, launch.Prepared] = {}
+        self.steppers: dict[tuple[bool, bool], launch.Prepared] = {}
+        source(spec, device.type == "cpu")
+
+    def step(self, active: Tensor, bank: Bank, gradients: Sequence[Tensor], rates: Rates) -> None:
+        """AdamW of every slot that trains, listed or not. gradients: of the bank's parameters [K, ...], in order."""
+        nothing = bank.params[0]
+        tensors = self._tensors(bank, gradients)
+        arguments = (active, nothing, nothing, *tensors, *rates.scalars, 0, 1, 1, 1)
+        self._stepper(False, False).launch((1, self.spec.slots, 1), *arguments)
+
+    def reconstruct(
+        self,
+        x: Tensor,
+        view: View,
+        active: Tensor,
+        bank: Bank,
+        loss: Tensor,
+        rates: Rates,
+        *,
+        live: bool = True,
+    ) -> None:
+        """One step of all isolated seeds towards giving their own chunk back.
+
+        x: the activation, or with `live=False` the chunks of it that the forward saved; view: of the activation.
+        loss: [S] float32, written for the isolated seeds.
+        """
+        if not view.rows:
+            return
+        even, blocks = gradient.blocks_of(self.spec, view, self.tile.rows)
+        least = cdiv(blocks, self.config.splits or gradient.PARTS)
+        groups = cdiv(self.spec.slots, self.tile.group)
+        workers = min(self.workers, blocks * groups)
+        size = (workers + groups) * self.tile.group * gradient.row_size(self.spec, extra=1)
+        partial = torch.empty(size, dtype=torch.float32, device=self.device)
+        bits = 0
+        for tensor in (x, active, *bank.params, partial):
+            bits |= tensor.data_ptr()
+        inner = view.inner if self.spec.layout == "channels_first" else 0
+        stride = gradient.common_power(view.stride, inner)
+        wide = gradient.is_wide(self.tile, self.spec, view, blocks)
+        variant = Variant(live, even, stride, wide, bits % 16 == 0)
+        kernel = self.variants.get(variant) or self._prepare(variant)
+        numbers = (view.rows, view.stride, view.inner, workers, least)
+        kernel.launch((workers, 1, 1), x, active, *bank.params, partial, bank.step, *numbers)
+        across = cdiv(gradient.row_size(self.spec, extra=1), _floats(self.spec, True))
+        tensors = self._tensors(bank, bank.params)
+        arguments = (active, partial, loss, *tensors, *rates.scalars, view.rows, view.inner, workers, least)
+        self._stepper(True, wide).launch((across, self.spec.slots, 1), *arguments)
+
+    def _tensors(self, bank: Bank, gradients: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for each in zip(gradients, bank.params, bank.means, bank.squares, strict=True):
+            found += each
+        return [*found, bank.step]
+
+    def _prepare(self, variant: Variant) -> launch.Prepared:
+        target = target_of(self.device)
+        job = train_job(self.spec, self.config, variant, precision=self.precision, target=target)
+        self.variants[variant] = gradient.prepare(job, self.device)
+        return self.variants[variant]
+
+    def _stepper(self, sums: bool, wide: bool) -> launch.Prepared:
+        if (sums, wide) not in self.steppers:
+            early = sums and gradient.follows_early(self.device)
+            target = target_of(self.device)
+            job = adamw_job(self.spec, self.config, sums=sums, wide=wide, early=early, target=target)
+            self.steppers[sums, wide] = gradient.prepare(job, self.device, early)
+        return self.steppers[sums, wide]
+
+
+def bank_of(bank: Any, names: Sequence[str]) -> Bank:
+    """The tensors of a slot bank (`morphc.runtime.bank.SlotBank`), in the order of its parameters."""
+    moments: Mapping[str, Tensor] = dict(bank.opt.named_buffers())
+    return Bank(
+        [bank.get_parameter(name) for name in names],
+        [moments[f"exp_avg_{name}"] for name in names],
+        [moments[f"exp_avg_sq_{name}"] for name in names],
+        moments["step"],
+    )

@@ -1,0 +1,49 @@
+"""Kernels run in Triton's interpreter here, on tensors in host memory; on the GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Triton reads the variable for its own functions when it is imported, once. Other tests of the same run are to
+# find their backend as users do, so the variable is set for these alone.
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE.type == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("triton.language")
+
+settings.register_profile(
+    "kernels", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("kernels")
+
+
+@pytest.fixture(scope="session")
+def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_and_cache(monkeypatch: pytest.MonkeyPatch, cache_of_the_run: Path) -> None:
+    """Kernels are interpreted, and generated files go to a folder of the run."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MORPHC_CACHE_DIR", str(cache_of_the_run))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fixed_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run in this session."""
+    return DEVICE

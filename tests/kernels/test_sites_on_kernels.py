@@ -1,0 +1,275 @@
+"""A compiled model whose sites run on kernels: everything that it gives equals what plain torch operations give."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import morphc
+from morphc import Config, Lifecycle
+from morphc.errors import ConfigError
+from morphc.kernels import backend, ops
+from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+
+
+class Net(nn.Module):
+    """Convolutions with a BatchNorm and an in-place ReLU, then linear layers: what a site meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc1 = nn.Linear(12, 23)
+        self.fc2 = nn.Linear(23, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x)).mean((2, 3))
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def compiled(
+    backend: str, dtype: torch.dtype = torch.float32, dormant: bool = False, **options: object
+) -> nn.Module:
+    torch.manual_seed(0)
+    host = Net().to(dtype)
+    config = Config(seeds_per_layer=5, slots=4, rank=3, backend=backend, **options)  # type: ignore[arg-type]
+    model = morphc.compile(host, (example(dtype),), config=config)
+    if dormant:
+        return model
+    generator = torch.Generator().manual_seed(1)
+    for site in morphc.seeds(model).sites.values():
+        site.assign([0, 3], Lifecycle.GRAFTING, alpha=0.5)
+        site.assign([1], Lifecycle.TRAINING)
+        for bank in site.slots.values():
+            for name in bank.names:
+                values = bank.get_parameter(name).data
+                values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
+    return model
+
+
+def example(dtype: torch.dtype = torch.float32, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(batch)).to(dtype)
+
+
+def everything(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, and the gradients of input, host and slots."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.float().square().mean().backward()
+    assert x.grad is not None
+    found = {"out": out.detach(), "input": x.grad}
+    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for path, site in morphc.seeds(model).sites.items():
+        for kind, bank in site.slots.items():
+            found |= {f"{path}/{kind}/{n}": g.clone() for n, g in bank.grads().items() if g is not None}
+    return found
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return ((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-12)).item()
+
+
+def runs(model: nn.Module) -> int:
+    """How many banks have kernels by now."""
+    sites = morphc.seeds(model).sites.values()
+    return sum(kernels is not None for site in sites for kernels in site.site.engine.kernels.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blueprint", ["bottleneck", "affine", ("affine", "bottleneck")], ids=str)
+def test_kernels_and_torch_agree_on_outputs_and_every_gradient(dtype: torch.dtype, blueprint: object) -> None:
+    expected = everything(compiled("torch", dtype, blueprint=blueprint), example(dtype))
+    model = compiled("triton", dtype, blueprint=blueprint)
+    found = everything(model, example(dtype))
+    assert runs(model) >= 3
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert distance(found[name], value) < BOUNDS[dtype], name
+
+
+@pytest.mark.parametrize("blend", ["lerp", "multiply", "gate"])
+def test_every_blend_agrees(blend: str) -> None:
+    expected = everything(compiled("torch", blend=blend), example())
+    found = everything(compiled("triton", blend=blend), example())
+    for name, value in expected.items():
+        assert distance(found[name], value) < 1e-5, name
+
+
+def test_a_model_that_only_trains_in_isolation_is_its_host_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    host = Net()
+    model = compiled("triton")
+    for site in morphc.seeds(model).sites.values():
+        site.assign([0, 3], Lifecycle.TRAINING)
+    plain = morphc.detach(copy.deepcopy(model))
+    expected, found = everything_plain(plain, example()), everything(model, example())
+    del host
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert any(name.endswith("/in_weight") for name in found)
+
+
+def everything_plain(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.float().square().mean().backward()
+    assert x.grad is not None
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "input": x.grad} | grads
+
+
+def test_a_changed_state_is_seen_by_the_next_forward_however_it_was_changed() -> None:
+    model, reference = compiled("triton"), compiled("torch")
+    for change in (
+        lambda seeds: seeds["fc1"].assign([2], Lifecycle.FOSSILIZED),
+        lambda seeds: seeds.alpha.mul_(0.5),
+        lambda seeds: seeds["fc1"].assign([0], Lifecycle.CULLED),
+    ):
+        for each in (model, reference):
+            with torch.no_grad():
+                change(morphc.seeds(each))
+        with torch.no_grad():
+            assert distance(model(example()), reference(example())) < 1e-5
+
+
+def test_optimizer_steps_agree_and_touch_only_slots_that_train() -> None:
+    stepped = {}
+    for name in ("torch", "triton"):
+        model = compiled(name)
+        before = {
+            path: site.slots["bottleneck"].in_weight.detach().clone()
+            for path, site in morphc.seeds(model).sites.items()
+        }
+        for _ in range(2):
+            everything(model, example())
+            morphc.seeds(model).step_optimizer(lr=1e-2)
+        stepped[name] = morphc.seeds(model)
+        for path, site in stepped[name].sites.items():
+            bank = site.slots["bottleneck"]
+            assert torch.equal(bank.in_weight[3], before[path][3])
+            assert bank.opt.step.tolist() == [2, 2, 2, 0]
+    for path, site in stepped["triton"].sites.items():
+        for name in site.slots["bottleneck"].names:
+            mine = site.slots["bottleneck"].get_parameter(name)
+            assert distance(mine, stepped["torch"][path].slots["bottleneck"].get_parameter(name)) < 1e-4
+
+
+def test_an_output_that_somebody_else_holds_is_not_written_to() -> None:
+    class Keeps(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    torch.manual_seed(0)
+    host = nn.Sequential(Keeps(8, 16))
+    model = morphc.compile(host, (torch.randn(4, 8),), config=Config(seeds_per_layer=4, backend="triton"))
+    (site,) = morphc.seeds(model).sites.values()
+    site.assign([1], Lifecycle.FOSSILIZED)
+    site.slots["bottleneck"].out_bias.data.fill_(1.0)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        out = model(x)
+        assert torch.equal(model[0].kept, nn.functional.linear(x, host[0].weight, host[0].bias))
+    assert not torch.equal(out, model[0].kept)
+
+
+def test_the_same_model_in_a_traced_graph() -> None:
+    expected = everything(compiled("triton"), example())
+    model = compiled("triton")
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = example().requires_grad_()
+    out = traced(x)
+    out.square().mean().backward()
+    assert torch.equal(out.detach(), expected["out"])
+    for path, site in morphc.seeds(model).sites.items():
+        for name, grad in site.slots["bottleneck"].grads().items():
+            assert grad is not None
+            assert torch.equal(grad, expected[f"{path}/bottleneck/{name}"])
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_the_ops_pass_opcheck_and_vmap(save: bool) -> None:
+    model = compiled("triton")
+    site = morphc.seeds(model)["fc1"]
+    bank = site.slots["bottleneck"]
+    spec = ops.SiteSpec(
+        "bottleneck", "residual", bank.geometry, 23, 5, 4, -1, BLENDS, ISOLATED, TRAINS
+    ).text()
+    given = (bank.owner, site.lifecycle.clone(), site.alpha.clone(), spec)
+    torch.library.opcheck(torch.ops.morphc.active_list.default, given)
+    active = torch.ops.morphc.active_list(*given)
+    y = torch.randn(6, 23)
+    params = [param.detach().clone() for param in bank.leaves().values()]
+    if save:
+        y.requires_grad_()
+        params = [param.requires_grad_() for param in params]
+    torch.library.opcheck(torch.ops.morphc.site_forward.default, (y, active, params, spec, save, False))
+    if save:
+        return
+    many = torch.randn(2, 6, 23)
+
+    def forward(y: Tensor) -> Tensor:
+        return torch.ops.morphc.site_forward(y, active, params, spec, False, False)[0]
+
+    assert torch.equal(torch.vmap(forward)(many), torch.stack([forward(each) for each in many]))
+
+
+def test_autocast_copies_and_pickles() -> None:
+    model = compiled("triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(example())
+        again = copy.deepcopy(model)(example())
+    assert torch.equal(out, again)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(model))(example()), model(example()))
+
+
+def test_what_has_no_kernels_runs_on_torch() -> None:
+    model = compiled("triton", torch.float64)
+    found = everything(model, example(torch.float64))
+    assert runs(model) == 0
+    expected = everything(compiled("torch", torch.float64), example(torch.float64))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_triton_where_it_can_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, where the kernels can run")
+    with pytest.raises(ConfigError, match=r"backend=\"triton\" on cpu: .* set TRITON_INTERPRET=1"):
+        compiled("triton")
+    assert backend.chosen("auto", torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_telemetry_agrees_whenever_it_is_read(dtype: torch.dtype) -> None:
+    models = {name: compiled(name, dtype, dormant=True, telemetry_every=1) for name in ("torch", "triton")}
+    for model in models.values():
+        morphc.seeds(model).reset_telemetry()
+    for batch in (3, 5, 3):
+        for model in models.values():
+            model(example(dtype, batch) + 2)
+        health = {name: morphc.seeds(model).telemetry() for name, model in models.items()}
+        for name, value in health["torch"].items():
+            torch.testing.assert_close(health["triton"][name], value, rtol=2e-5, atol=1e-6, equal_nan=True)
+    assert health["torch"]["count"].min() > 0
+
+
+def test_what_was_measured_is_in_a_copy_a_pickle_and_a_state_dict() -> None:
+    model = compiled("triton", telemetry_every=1)
+    model(example())
+    expected = morphc.seeds(copy.deepcopy(model)).telemetry()["count"]
+    assert torch.equal(morphc.seeds(pickle.loads(pickle.dumps(model))).telemetry()["count"], expected)
+    counts = next(value for key, value in model.state_dict().items() if key.endswith("seeds.counts"))
+    assert counts[0].min() > 0
+    morphc.seeds(model).reset_telemetry()
+    assert morphc.seeds(model).telemetry()["count"].max() == 0
+    model(example())
+    assert torch.equal(morphc.seeds(model).telemetry()["count"], expected)
