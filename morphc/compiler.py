@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from morphc.config import KINDS, Config
+from morphc.config import Config
 from morphc.errors import (
     AlreadyMorphedError,
     ConfigError,
@@ -22,20 +21,21 @@ from morphc.errors import (
     PlanError,
     UnsupportedHostError,
 )
+from morphc.kernels.backend import chosen
 from morphc.kernels.blueprints import base as blueprints
 from morphc.passes.capture import Capture
 from morphc.passes.emit import readable_graphs
 from morphc.passes.find_candidates import FindCandidates
 from morphc.passes.fuse_epilogues import FuseEpilogues
 from morphc.passes.insert_sites import InsertSites
-from morphc.passes.layers import classify
 from morphc.passes.lower import Lower
-from morphc.passes.manager import Pass, PassRecord, parse_passes, run_passes
-from morphc.passes.plan import SCHEMA_VERSION, Miss, Plan, RegionNote, Site
+from morphc.passes.manager import Pass, PassRecord, check_order, parse_passes, run_passes
+from morphc.passes.plan import Miss, Plan, RegionNote
 from morphc.passes.plan_chunks import PlanChunks
 from morphc.passes.program import Program
 from morphc.passes.shapes import PropagateShapes
 from morphc.passes.verify import Verify
+from morphc.plancheck import check_plan, config_of, model_digest
 from morphc.reporting import Report
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import SeedRoot, store_of
@@ -114,10 +114,14 @@ def inspect(
 
 @dataclasses.dataclass
 class Bisection:
-    """The first pass after which the lowered model differs from its host; None when none does."""
+    """The first pass after which the lowered model differs from its host; None when none does.
+
+    warnings: as those of a `Report`.
+    """
 
     culprit: str | None
     lines: list[str]
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 def bisect(
@@ -137,12 +141,14 @@ def bisect(
         try:
             run_passes(program, [step])
             run_passes(program, [PlanChunks(), Lower(), Verify(strict=True)])
+        except (ConfigError, ExampleInputError):
+            raise  # the arguments are wrong, or the host itself: no pass is to blame
         except MorphcError as error:
             lines.append(f"{step.name}: BROKEN: {error}")
-            return Bisection(step.name, lines)
+            return Bisection(step.name, lines, program.warnings)
         notes = [note for note in program.verification if "nondeterministic" in note]
         lines.append(f"{step.name}: equal{' (' + notes[0] + ')' if notes else ''}")
-    return Bisection(None, lines)
+    return Bisection(None, lines, program.warnings)
 
 
 def _program(
@@ -178,12 +184,14 @@ def _program(
     for name in program.config.blueprints:
         blueprints.get(name)
     if program.config.backend == "triton":
-        raise ConfigError(
-            'backend="triton" is not in this version; use "torch", or "auto" for the best there is'
-        )
+        for device in {tensor.device for tensor in (*host.parameters(), *host.buffers())}:
+            if device.type != "meta":
+                chosen("triton", device)
     if plan is not None:
-        _check_plan(plan, host, config)
-        program.config = config or _config_of(plan)
+        check_plan(plan, host, config)
+        program.config = config or config_of(plan)
+        if plan.morphc_version != __version__:
+            program.notes.append(f"the plan was made by morphc {plan.morphc_version}, this is {__version__}")
         program.plan = plan
         program.demoted = {note.path: note.reason for note in plan.regions if not note.runs}
     return program
@@ -193,14 +201,17 @@ def _steps(passes: str | Sequence[Pass] | None) -> list[Pass]:
     if passes is None:
         return default_passes()
     steps = parse_passes(passes) if isinstance(passes, str) else list(passes)
+    check_order(steps, default_passes())
     if any(isinstance(step, Lower) for step in steps):
         return steps
     # Not a whole pipeline: built-in passes take the place of their namesakes, with the options given; others come
     # before lower, where they see captured graphs with their sites in.
     given = {step.name: step for step in steps}
-    pipeline = [given.pop(step.name, step) for step in default_passes()]
+    pipeline = [given.get(step.name, step) for step in default_passes()]
+    builtin = {step.name for step in pipeline}
+    others = [step for step in steps if step.name not in builtin]
     at = next(i for i, step in enumerate(pipeline) if isinstance(step, Lower))
-    return [*pipeline[:at], *given.values(), *pipeline[at:]]
+    return [*pipeline[:at], *others, *pipeline[at:]]
 
 
 def check_host(host: object) -> None:
@@ -295,97 +306,6 @@ def _wants_verify(verify: VerifyWhen, host: nn.Module, program: Program) -> bool
     return True
 
 
-def model_digest(host: nn.Module) -> str:
-    """sha256 over the names, classes and parameter shapes of the model: what a plan must fit."""
-    text = "\n".join(
-        f"{name}:{type(module).__name__}:"
-        + ",".join(f"{n}{list(p.shape)}{p.dtype}" for n, p in module.named_parameters(recurse=False))
-        for name, module in host.named_modules()
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_plan(plan: Plan, host: nn.Module, config: Config | None) -> None:
-    if plan.schema_version != SCHEMA_VERSION:
-        raise PlanError(
-            f"the plan's schema_version is {plan.schema_version}, this morphc reads {SCHEMA_VERSION}"
-        )
-    if plan.morphc_version.split(".")[:2] != __version__.split(".")[:2]:
-        raise PlanError(
-            f"the plan's morphc_version is {plan.morphc_version!r}, this is {__version__!r}: compile anew"
-        )
-    if plan.model_class != type(host).__qualname__:
-        raise PlanError(
-            f"the plan's model_class is {plan.model_class!r}, this model is a {type(host).__qualname__!r}"
-        )
-    modules = dict(host.named_modules())
-    seen: set[str] = set()
-    for site in plan.sites:
-        wrong = f"path={site.path!r} is listed twice" if site.path in seen else _misfit(site, modules)
-        if wrong:
-            raise PlanError(f"the plan's site {site.path!r} does not fit this model: {wrong}")
-        seen.add(site.path)
-    if plan.model_digest != model_digest(host):
-        raise PlanError(
-            "the plan's model_digest differs: the model has other layers or shapes than the plan's"
-        )
-    if config is not None:
-        mine = replace(config)
-        for field in mine.__struct_fields__:
-            if field in plan.config and _plain(getattr(mine, field)) != _plain(plan.config[field]):
-                raise PlanError(
-                    f"the plan was made with {field}={plan.config[field]!r}, the config given has "
-                    f"{getattr(mine, field)!r}: leave config out, or compile without the plan"
-                )
-
-
-def _config_of(plan: Plan) -> Config:
-    try:
-        return msgspec.convert(plan.config, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise PlanError(f"the plan's config is no config of this morphc: {error}") from error
-
-
-def _misfit(site: Site, modules: Mapping[str, nn.Module]) -> str:
-    """Which field of the site can't be of this model, or an empty string."""
-    known = classify(modules[site.path]) if site.path in modules and not site.parameter else None
-    if known is not None and known.feature_axis != site.feature_axis:
-        return f"feature_axis={site.feature_axis}, this layer's is {known.feature_axis}"
-    owner = site.path.rpartition(".")[0] if site.parameter else site.path
-    if owner not in modules:
-        return f"path={site.path!r} names no module of it"
-    if site.parameter is not None:
-        # Not getattr: a parametrized weight would be computed on the host.
-        tables = (modules[owner]._parameters, modules[owner]._buffers)
-        if site.parameter != site.path.rpartition(".")[2] or not any(site.parameter in t for t in tables):
-            return f"parameter={site.parameter!r} is none of {owner!r}"
-    for field, path in (("owner", site.owner), ("region", site.region)):
-        if path is not None and path not in modules:
-            return f"{field}={path!r} names no module of it"
-    if site.block is not None:
-        norms = () if site.block.norm is None else (site.block.norm,)
-        for path in (*site.block.inputs, site.block.output, *norms):
-            if path not in modules and path.rpartition(".")[0] not in modules:
-                return f"block names {path!r}, no layer of it"
-    for name in ("out_features", "out_channels"):
-        width = getattr(modules[owner], name, site.features)
-        if not site.parameter and isinstance(width, int) and width != site.features:
-            return f"features={site.features}, this model's {name}={width}"
-    if not 1 <= site.seeds <= site.features:
-        return f"seeds={site.seeds}, its features allow 1 to {site.features}"
-    if site.slots < 0:
-        return f"slots={site.slots} is negative"
-    if not isinstance(getattr(torch, site.dtype, None), torch.dtype):
-        return f"dtype={site.dtype!r} is no dtype of torch"
-    if site.layer_kind not in KINDS:
-        return f"layer_kind={site.layer_kind!r} is none of {', '.join(KINDS)}"
-    return ""
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _finish(program: Program) -> None:
     if program.follow is not None:
         return
@@ -432,6 +352,7 @@ def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> 
         plan=program.plan,
         passes=tuple(records),
         verification=(*program.notes, *program.verification),
+        warnings=tuple(program.warnings),
         seconds=seconds,
         graphs=readable_graphs(program),
         tree=tree,

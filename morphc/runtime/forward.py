@@ -13,6 +13,20 @@ from torch import Tensor, nn
 
 from morphc.runtime.site import SeedSite, first_tensor
 
+MAKERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+)  # fmt: skip
+"""Layers whose own forward returns a tensor that nobody else holds, and whose backward doesn't read it."""
+
+
+def makes_its_output(layer: nn.Module) -> bool:
+    """Whether the value that the layer returns may be written in place.
+
+    A subclass counts as long as its forward is the one it inherits.
+    """
+    return any(type(layer).forward is maker.forward for maker in MAKERS)
+
 
 class SiteForward:
     """The `forward` of a watched layer: its own forward, then the site.
@@ -28,6 +42,7 @@ class SiteForward:
         self.feeds: tuple[SeedSite, ...] = ()
         self.replaced: Callable[..., Any] | None = layer.__dict__.get("forward")
         self.inner = self._inner()
+        self.fresh = self.replaced is None and makes_its_output(layer)
 
     def _inner(self) -> Callable[..., Any]:
         if self.replaced is not None:
@@ -47,7 +62,7 @@ class SiteForward:
         if self.layer.training:
             site.watch(out)
         if site.mode:
-            return site.join(out, first_tensor(args, kwargs))
+            return site.join(out, first_tensor(args, kwargs), self.fresh)
         return out
 
     def _within(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

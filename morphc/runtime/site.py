@@ -11,8 +11,10 @@ from torch.compiler import is_compiling
 
 from morphc.errors import SeedError
 from morphc.lifecycle import Mode
-from morphc.runtime import active
+from morphc.runtime import active, engine
+from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
+from morphc.runtime.devicegauge import DeviceGauge
 from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, due_in_graph
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Pulse:
     def __init__(self, every: int, count: int = 0) -> None:
         self.every = every
         self.count = count
-        self.gauge: Gauge | None = None
+        self.gauge: Gauge | DeviceGauge | None = None
 
     def __reduce__(self) -> tuple[type[Pulse], tuple[int, int]]:
         return Pulse, (self.every, self.count)
@@ -50,6 +52,9 @@ class Banks(nn.Module):
     def items(self) -> list[tuple[str, SlotBank]]:
         """(blueprint, bank) in the order of the configuration."""
         return [(name, bank) for name, bank in self._modules.items() if isinstance(bank, SlotBank)]
+
+    def __repr__(self) -> str:
+        return f"Banks({', '.join(repr(bank) for _, bank in self.items())})"
 
     def get(self, blueprint: str) -> SlotBank | None:
         """The bank of that blueprint, or None."""
@@ -96,6 +101,8 @@ class SeedSite(nn.Module):
         self.mode = Mode.DORMANT
         self.slots = Banks(banks or {})
         self.pulse = Pulse(telemetry_every)
+        self.engine = engine.Engine()
+        self.op_specs: dict[str, str] = {}
         self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.block_input: Tensor | None = None
         # Not a child: the state belongs to the root, and must not be moved or saved once per site.
@@ -123,12 +130,22 @@ class SeedSite(nn.Module):
             return  # a checkpoint computes its forward again, inside the backward
         count = pulse.count
         pulse.count = count + 1
-        measured = count % every == 0 and accumulate(self, y)
+        # Nothing is asked of `y` in a torch.jit.trace, which would record the asking.
+        measured = count % every == 0 and not jit_traced() and accumulate(self, y)
         if measured and self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
             y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
 
-    def join(self, y: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """`y` with the slots of the site's seeds joined, as the state of each asks."""
+    @property
+    def backend(self) -> str:
+        """What `Config.backend` says."""
+        store = self.state.store
+        return store.config.backend if store is not None else "auto"
+
+    def join(self, y: Tensor, layer_input: Tensor | None = None, owned: bool = False) -> Tensor:
+        """`y` with the slots of the site's seeds joined, as the state of each asks.
+
+        owned: nobody but the caller holds `y`, which may then be written in place.
+        """
         if not isinstance(y, Tensor) or not y.is_floating_point() or y.is_nested or y.layout != torch.strided:
             return y
         if y.shape[self.feature_axis] != self.features:
@@ -138,16 +155,10 @@ class SeedSite(nn.Module):
             )
         block_input, self.block_input = self.block_input, None
         isolated_only = self.mode == Mode.TRAINING
-        if isolated_only and not torch.is_grad_enabled():
+        if isolated_only and not active.slots_learn():
             return y
-        rows = slice(self.offset, self.offset + self.seeds)
-        lifecycle, alpha = self.state.lifecycle[rows], self.state.alpha[rows]
-        if lifecycle.device != y.device:
-            lifecycle, alpha = (
-                lifecycle.to(y.device, non_blocking=True),
-                alpha.to(y.device, non_blocking=True),
-            )
         out = y
+        described: tuple[Tensor, Tensor] | None = None
         for name, bank in self.slots.items():
             kind = bank.kind
             tap = {"chunk": None, "layer": layer_input, "block": block_input}[kind.tap]
@@ -155,12 +166,17 @@ class SeedSite(nn.Module):
                 raise SeedError(
                     f"site {self.path!r}: blueprint {name!r} reads the {kind.tap}'s input, and got none"
                 )
+            joined = engine.join(self, name, bank, out, tap, isolated_only=isolated_only, owned=owned)
+            if joined is not None:
+                out, owned = joined, True
+                continue
+            described = described or self._states_on(y.device)
             out = active.through_bank(
                 out,
                 y,
                 tap,
                 bank.leaves(),
-                active.describe(self.owner_of(bank), lifecycle, alpha, self.features),
+                active.describe(self.owner_of(bank), *described, self.features, self.seeds),
                 kind,
                 bank.geometry,
                 bank.blend,
@@ -168,6 +184,14 @@ class SeedSite(nn.Module):
                 isolated_only=isolated_only,
             )
         return out
+
+    def _states_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lifecycle and alpha [S] of the site's seeds, on `device`."""
+        rows = slice(self.offset, self.offset + self.seeds)
+        lifecycle, alpha = self.state.lifecycle[rows], self.state.alpha[rows]
+        if lifecycle.device != device:
+            return lifecycle.to(device, non_blocking=True), alpha.to(device, non_blocking=True)
+        return lifecycle, alpha
 
     def owner_of(self, bank: SlotBank) -> Tensor:
         """[K]: the seed of this site that holds each slot, -1 where there is none."""
@@ -186,8 +210,13 @@ class SeedSite(nn.Module):
             self.state._apply(fn)  # the root can't have it as a child, so its sites bring it along
         return self
 
-    def extra_repr(self) -> str:
-        return f"{self.path!r}, features={self.features}, seeds={self.seeds}, mode={self.mode.name}"
+    def __repr__(self) -> str:
+        """One line, for there is a site behind every layer of a printed model."""
+        banks = " + ".join(f"{bank.slots} {name}" for name, bank in self.slots.items())
+        return (
+            f"SeedSite({self.path!r}, features={self.features}, seeds={self.seeds}, slots={banks or 'none'}, "
+            f"mode={self.mode.name})"
+        )
 
 
 class FunctionalSites(nn.Module):

@@ -9,14 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from morphc.kernels.reference.health import (
+    NONFINITE,
+    PEAK,
+    ROW_SQUARES,
+    ROWS,
+    SHIFT,
+    SQUARES,
+    SUM,
+    ZEROS,
+    health,
+)
+from morphc.kernels.reference.lifecycle import HISTORY
 from morphc.kernels.reference.telemetry import Sums
 from morphc.kernels.reference.telemetry_cpu import Array, Floats, Ints, center_of, cut_of, first_shift
-from morphc.lifecycle import TABLE, Lifecycle
+from morphc.runtime.devicegauge import Pending
 
 if TYPE_CHECKING:
     from morphc.runtime.store import SeedStore
 
-HISTORY = 10
 INT_ARRAYS: Final = (
     "lifecycle",
     "slot",
@@ -27,22 +38,6 @@ INT_ARRAYS: Final = (
     "embargo",
 )
 FLOAT_ARRAYS: Final = ("alpha", "score")
-
-# Rows of `sums` (float64) and `counts` (int64).
-SHIFT, SUM, SQUARES, ROW_SQUARES, ZEROS, PEAK, GRAD_SQUARES, SALIENCY = range(8)
-ROWS, NONFINITE, GRAD_SAMPLES = range(3)
-
-HEALTH: Final = (
-    "count",
-    "mean",
-    "variance",
-    "dead_fraction",
-    "correlation",
-    "peak",
-    "nonfinite",
-    "gradient_norm",
-    "saliency",
-)
 
 
 class SeedState(nn.Module):
@@ -87,9 +82,20 @@ class SeedState(nn.Module):
         )
         self.store: SeedStore | None = None
         self.window = 0
+        self.pending = Pending()
+        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
+    def settle(self) -> None:
+        """Bring `sums` and `counts` up to date with what kernels have measured. Launches, and waits for nothing."""
+        self.pending.settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__.copy()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedState:
+        self.settle()
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
@@ -101,42 +107,15 @@ class SeedState(nn.Module):
 
     def reset_telemetry(self) -> None:
         """Begin a new window."""
+        self.settle()
         self.window += 1
         self.sums.zero_()
         self.counts.zero_()
 
     def health(self) -> Tensor:
-        """[len(HEALTH), N] float64, derived from the window's sums.
-
-        mean and variance (population) of all finite values · dead fraction of all values · correlation:
-        average over the pairs of features of a chunk (intraclass: (Var(row sum) - C v) / (C (C - 1) v) with
-        v the chunk's variance; NaN for one feature) · gradient norm: root of the mean over samples of the
-        sum of g^2 · saliency: mean over samples of the sum of |x g|. NaN where nothing was measured.
-        """
-        rows = self.counts[ROWS].to(torch.float64)
-        width = self.widths.to(torch.float64)
-        total = rows * width
-        count = total - self.counts[NONFINITE]
-        offset = self.sums[SUM] / count
-        variance = (self.sums[SQUARES] / count - offset.square()).clamp(min=0)
-        row_variance = self.sums[ROW_SQUARES] / rows - (self.sums[SUM] / rows).square()
-        spread = width * variance
-        correlation = (row_variance - spread) / ((width - 1) * spread)
-        nan = torch.full_like(count, torch.nan)
-        samples = self.counts[GRAD_SAMPLES].to(torch.float64)
-        return torch.stack(
-            (
-                total,
-                self.sums[SHIFT] + offset,
-                variance,
-                self.sums[ZEROS] / total,
-                torch.where(width > 1, correlation, nan),
-                torch.where(count > 0, self.sums[PEAK], nan),
-                self.counts[NONFINITE].to(torch.float64),
-                (self.sums[GRAD_SQUARES] / samples).sqrt(),
-                self.sums[SALIENCY] / samples,
-            )
-        )
+        """[len(HEALTH), N] float64, derived from the window's sums."""
+        self.settle()
+        return health(self.sums, self.counts, self.widths)
 
 
 def merge(kept: Tensor, counts: Tensor, widths: Tensor, new: Sums) -> None:
@@ -171,24 +150,14 @@ def center_host(kept: Floats, counts: Ints, values: Array, seeds: int) -> Array 
     return center_of(shift, cut, values.dtype)
 
 
+def _settle(state: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(state, SeedState)
+    state.settle()
+
+
 def _loaded(state: nn.Module, incompatible: Any) -> None:
     """The host's mirror of the states follows what was loaded. A command: it may read the device."""
     assert isinstance(state, SeedState)
     state.window += 1
     if state.store is not None:
         state.store.refresh_modes()
-
-
-def bits(states: Callable[[Lifecycle], bool]) -> int:
-    """A set of lifecycle states as an integer: bit n for state n."""
-    return sum(1 << state for state in TABLE if states(state))
-
-
-BLENDS: Final = bits(lambda state: TABLE[state].forward == "blend")
-TRAINS: Final = bits(lambda state: TABLE[state].trains != "nothing")
-ISOLATED: Final = bits(lambda state: TABLE[state].trains == "isolated")
-
-
-def among(lifecycle: Tensor, states: int) -> Tensor:
-    """Whether each state is in the set; no table on the device, no copy to it."""
-    return torch.bitwise_right_shift(states, lifecycle).bitwise_and(1).to(torch.bool)

@@ -12,7 +12,7 @@ from torch import nn
 from morphc.config import Config
 from morphc.errors import NotMorphedError, SeedError
 from morphc.lifecycle import Lifecycle, Mode, mode_of
-from morphc.runtime import fastpath
+from morphc.runtime import engine, fastpath
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
@@ -57,6 +57,17 @@ class SeedRoot(nn.Module):
         self.__dict__["site"] = site
         self.add_module("slots", site.slots)
 
+    def __repr__(self) -> str:
+        """One line, and one more for each site of a parameter of the root's own."""
+        own = self.__dict__["site"]
+        seeds, sites = self.seeds.lifecycle.shape[0], len(self.store.sites) if self.store is not None else 0
+        lines = [f"(root): {own!r}"] if own is not None else []
+        lines += [
+            f"({name}): {child!r}" for name, child in self._modules.items() if isinstance(child, SeedSite)
+        ]
+        body = "".join(f"\n  {line}" for line in lines)
+        return f"SeedRoot(seeds={seeds}, sites={sites}{body}{chr(10) if body else ''})"
+
     def train(self, mode: bool = True) -> SeedRoot:
         site = self.__dict__["site"]
         if site is not None:
@@ -92,6 +103,7 @@ class SeedStore:
         if site.mode is mode:
             return
         site.mode = mode
+        site.op_specs = engine.op_specs(site) if mode is not Mode.DORMANT else {}
         for owner in self.fast_paths.get(site.path, ()):
             inside = [other for other in self.sites.values() if owner in self.fast_paths.get(other.path, ())]
             fastpath.switch(owner, any(other.mode is not Mode.DORMANT for other in inside))
@@ -111,6 +123,7 @@ class SeedStore:
             for _, bank in site.slots.items():
                 before = bank.slots
                 bank.enlarge(wanted)
+            site.op_specs = engine.op_specs(site) if site.mode is not Mode.DORMANT else {}
             if len(site.slots.items()) == 0 or wanted <= before:
                 continue
             # A seed's slot number counts through the site's banks, which all have the same number of slots.
@@ -128,8 +141,9 @@ class SeedStore:
             raise SeedError(f"lr={lr!r} is no learning rate; give lr=, finite and not negative")
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
-                for _, bank in site.slots.items():
-                    bank.step(site.train_rows(bank), **options)
+                for name, bank in site.slots.items():
+                    if not engine.step(site, name, bank, options):
+                        bank.step(site.train_rows(bank), **options)
 
     def reset_telemetry(self) -> None:
         """Begin a new telemetry window of every seed."""

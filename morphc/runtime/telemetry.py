@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from morphc.kernels.backend import KERNEL_DTYPES, chosen
 from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
-from morphc.kernels.reference.telemetry import Sums, as_rows, measure
-from morphc.kernels.reference.telemetry_cpu import Array, meter_of
-from morphc.runtime.state import (
+from morphc.kernels.reference.health import (
     GRAD_SAMPLES,
     GRAD_SQUARES,
     PEAK,
@@ -20,9 +19,11 @@ from morphc.runtime.state import (
     SALIENCY,
     SUM,
     ZEROS,
-    center_host,
-    merge,
 )
+from morphc.kernels.reference.telemetry import Sums, as_rows, measure
+from morphc.kernels.reference.telemetry_cpu import Array, meter_of
+from morphc.runtime.devicegauge import DeviceGauge
+from morphc.runtime.state import center_host, merge
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
@@ -159,17 +160,27 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
     assert sums is not None
     known = gauge is not None and gauge.sums is sums and gauge.epilogue == site.epilogue
     if gauge is not None and known and type(y) is Tensor and _untransformed():
-        x = gauge.read(y)
+        x: Any = gauge.read(y)
         if x is not None:
             gauge.add(x, state.window)
             return True
     if not measurable(y, site):
         return False
+    if y.device == sums.device and y.dtype in KERNEL_DTYPES and chosen(site.backend, y.device) == "triton":
+        on_kernels = (
+            gauge if known and isinstance(gauge, DeviceGauge) else DeviceGauge(site, sums, state.counts)
+        )
+        value = on_kernels.prepare(site, y.detach())
+        if value is not None:
+            site.pulse.gauge = on_kernels
+            state.pending.gauges.add(on_kernels)
+            on_kernels.add(value, state.window)
+            return True
     place = Place(site.offset, site.seeds, site.feature_axis, site.epilogue, site.near_zero)
     if not (y.is_cpu and sums.is_cpu):
         _add_any(as_rows(y.detach(), place.axis), sums, state.counts, place)
         return True
-    if gauge is None or not known:
+    if not known or not isinstance(gauge, Gauge):
         gauge = site.pulse.gauge = Gauge(sums, state.counts, place)
     gauge.add(gauge.prepare(y), state.window)
     return True

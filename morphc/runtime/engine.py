@@ -1,0 +1,235 @@
+"""A site on generated kernels: which ones it needs for an activation, and the autograd around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from morphc.kernels import backend, training
+from morphc.kernels.layout import View, view_of
+from morphc.kernels.ops import SiteSpec
+from morphc.kernels.site import BankKernels, Like, bank_kernels, spec_of
+from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+from morphc.runtime.active import jit_traced
+from morphc.runtime.bank import SlotBank
+
+if TYPE_CHECKING:
+    from morphc.runtime.site import SeedSite
+
+_transforming = torch._C._functorch.peek_interpreter_stack
+
+
+class Listed:
+    """The active seeds of one bank on one device, and what the list was made from.
+
+    The states' version counters tell when it is out of date: every in-place change counts, by whomever.
+    """
+
+    __slots__ = ("active", "made_from", "versions")
+
+    def __init__(self, active: Tensor) -> None:
+        self.active = active
+        self.made_from: tuple[Tensor | None, ...] = ()
+        self.versions: tuple[int, ...] = ()
+
+
+class Engine:
+    """What one site keeps between calls. Nothing in it is copied, pickled or saved: it is made again when needed."""
+
+    __slots__ = ("kernels", "lists")
+
+    def __init__(self) -> None:
+        self.kernels: dict[tuple[object, ...], BankKernels | None] = {}
+        self.lists: dict[tuple[str, torch.device], Listed] = {}
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
+        return Engine, ()
+
+    def __deepcopy__(self, memo: object) -> Engine:
+        return Engine()
+
+    def bank(self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, view: View) -> BankKernels | None:
+        """The kernels of that bank for activations like `y`; None where torch does it."""
+        key = (name, bank.slots, y.dtype, y.device, view.walk)
+        if key not in self.kernels:
+            spec = spec_of(
+                bank.blueprint,
+                bank.geometry,
+                bank.blend,
+                features=site.features,
+                seeds=site.seeds,
+                slots=bank.slots,
+                dtype=y.dtype,
+                walk=view.walk,
+            )
+            self.kernels[key] = bank_kernels(spec, y.device)
+        return self.kernels[key]
+
+    def listed(
+        self, site: SeedSite, name: str, bank: SlotBank, kernels: BankKernels, device: torch.device
+    ) -> Tensor:
+        """The bank's list of active seeds, made anew if a state has changed since."""
+        state = site.state._buffers
+        sources = (bank.owner, state["lifecycle"], state["alpha"])
+        found = self.lists.get((name, device))
+        if found is None or found.active.shape != kernels.list_shape:
+            found = self.lists[name, device] = Listed(kernels.new_list())
+        versions = tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
+        known = found.versions == versions and all(
+            one is other for one, other in zip(found.made_from, sources, strict=True)
+        )
+        # A captured graph makes the list at every replay: nobody asks here then whether a state has changed.
+        if not known or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            rows = slice(site.offset, site.offset + site.seeds)
+            owner, lifecycle, alpha = bank.owner, site.state.lifecycle[rows], site.state.alpha[rows]
+            if lifecycle.device != device:
+                lifecycle = lifecycle.to(device, non_blocking=True)
+                alpha = alpha.to(device, non_blocking=True)
+            kernels.make_list(owner, lifecycle, alpha, found.active, BLENDS, ISOLATED, TRAINS)
+            # A backward that still waits for the list as it was must not read this one in its place.
+            torch.autograd.graph.increment_version(found.active)
+            found.versions, found.made_from = versions, sources
+        return found.active
+
+
+class Join(torch.autograd.Function):
+    """A bank's seeds joined to the site's value, in place, with the gradients of the slots.
+
+    A value that only trains seeds in isolation comes back as it was. It is marked as written to all the same, so
+    that what comes next may work on it in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        kernels: BankKernels,
+        view: View,
+        active: Tensor,
+        isolated_only: bool,
+        axis: int,
+        *params: Tensor,
+    ) -> Tensor:
+        stash = kernels.new_stash(view)
+        kernels.forward(y, view, active, params, stash)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(active, stash, *params)
+        ctx.kernels, ctx.isolated_only = kernels, isolated_only
+        ctx.like = Like(tuple(y.shape), y.stride(), axis)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        active, stash, *params = ctx.saved_tensors
+        kernels: BankKernels = ctx.kernels
+        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
+        return passed, None, None, None, None, None, *slot_grads
+
+
+def view(site: SeedSite, y: Tensor) -> View | None:
+    """How the kernels walk `y`, or None where torch does the work."""
+    if y.dtype not in backend.KERNEL_DTYPES or backend.chosen(site.backend, y.device) != "triton":
+        return None
+    if type(y) not in (Tensor, torch.nn.Parameter) or _transforming() is not None or jit_traced():
+        return None
+    return view_of(y, site.feature_axis)
+
+
+def _own(site: SeedSite, y: Tensor) -> tuple[Tensor, View]:
+    """A copy of `y`, which may have other strides, and how it is walked."""
+    copied = y.clone(memory_format=torch.preserve_format)
+    walk = view_of(copied, site.feature_axis)
+    assert walk is not None
+    return copied, walk
+
+
+def join(
+    site: SeedSite,
+    name: str,
+    bank: SlotBank,
+    y: Tensor,
+    tap: Tensor | None,
+    *,
+    isolated_only: bool,
+    owned: bool,
+) -> Tensor | None:
+    """`y` with the bank's seeds joined; None where torch has to do it. owned: `y` may be written in place."""
+    if torch.compiler.is_compiling():
+        spec = site.op_specs.get(name)
+        return None if spec is None or tap is not None else _traced(site, bank, y, spec, isolated_only)
+    walk = view(site, y)
+    kernels = site.engine.bank(site, name, bank, y, walk) if walk is not None else None
+    if walk is None or kernels is None:
+        return None
+    active = site.engine.listed(site, name, bank, kernels, y.device)
+    params = tuple(bank.leaves().values())
+    if not torch.is_grad_enabled():
+        if not owned:
+            y, walk = _own(site, y)
+        kernels.forward(y, walk, active, params, None)
+        return y
+    if not owned or y._is_view() or (y.is_leaf and y.requires_grad):
+        y, walk = _own(site, y)
+    joined = Join.apply(y, kernels, walk, active, isolated_only, site.feature_axis, *params)  # type: ignore[no-untyped-call]
+    assert isinstance(joined, Tensor)
+    return joined
+
+
+def op_specs(site: SeedSite) -> dict[str, str]:
+    """What the ops of a traced graph take, by bank; nothing for banks that torch computes."""
+    found = {}
+    for name, bank in site.slots.items():
+        param = bank.get_parameter(bank.names[0])
+        if bank.kind.tap != "chunk" or backend.unavailable(param.device) or site.backend == "torch":
+            continue
+        spec = SiteSpec(
+            bank.blueprint,
+            bank.blend,
+            bank.geometry,
+            site.features,
+            site.seeds,
+            bank.slots,
+            site.feature_axis,
+            BLENDS,
+            ISOLATED,
+            TRAINS,
+        )
+        if spec.supported():
+            found[name] = spec.text()
+    return found
+
+
+def _traced(site: SeedSite, bank: SlotBank, y: Tensor, spec: str, isolated_only: bool) -> Tensor | None:
+    """The same as ops of a graph. The list is made in the graph, which so never meets an old one."""
+    if y.dtype not in backend.KERNEL_DTYPES:
+        return None
+    rows = slice(site.offset, site.offset + site.seeds)
+    lifecycle, alpha = site.state.lifecycle[rows], site.state.alpha[rows]
+    active = torch.ops.morphc.active_list(bank.owner, lifecycle, alpha, spec)
+    params = list(bank.leaves().values())
+    save = torch.is_grad_enabled()
+    joined: Tensor = torch.ops.morphc.site_forward(y, active, params, spec, save, isolated_only)[0]
+    return joined
+
+
+def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any]) -> bool:
+    """One AdamW step of the bank's slots that train, on kernels; False where torch has to do it."""
+    param = bank.get_parameter(bank.names[0])
+    if param.dtype != torch.float32 or backend.chosen(site.backend, param.device) != "triton":
+        return False
+    view = View("last", 1, site.features, 1)
+    kernels = site.engine.bank(site, name, bank, param, view)
+    if kernels is None:
+        return False
+    grads = bank.grads()
+    if all(grad is None for grad in grads.values()):
+        return True
+    found = [torch.zeros_like(param) if grad is None else grad.contiguous() for grad in grads.values()]
+    active = site.engine.listed(site, name, bank, kernels, param.device)
+    kernels.step(active, training.bank_of(bank, bank.names), found, training.Rates(**options))
+    bank.zero_grads()
+    return True
