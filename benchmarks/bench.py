@@ -273,12 +273,12 @@ class Bench:
 
     def limits(self) -> list[Entry]:
         """One read, by several kernels of which the fastest counts, and one copy."""
-        out = torch.zeros(4096, device=self.device)
+        out = torch.zeros(rivals.MOST_PROGRAMS, device=self.device)
         x, y = self.x, self.y
         entries = []
         for config in rivals.READ_CONFIGS:
             read = rivals.reader(x[0], *config)
-            name = f"read {config[0]} warps, {config[1]} x {config[2]}"
+            name = f"read {' '.join(map(str, config))}"
             entries.append(
                 Entry("limits", self.variant(name, lambda i, read=read: read(x[i], out)), self.size)
             )

@@ -4,9 +4,9 @@
     PYTHONPATH=. python benchmarks/kernel_parity.py --only 17 --workers 0      one spec, in this process
     TRITON_INTERPRET=1 PYTHONPATH=. python benchmarks/kernel_parity.py --dry-run
 
-Of each spec is checked: the forward's output, with and without a stash; the gradients of the activation and of
-every parameter; a reconstruction step (losses, and what AdamW makes of the gradients); AdamW from gradient
-buffers; telemetry over two samples. Norms of the differences over norms of the reference stay within 1e-5 for
+Of each spec is checked: telemetry over two samples; the forward's output, with a stash and, of every second spec,
+without; the gradients of the activation and of every parameter; AdamW from these; a reconstruction step (losses,
+and what AdamW makes of its gradients). Norms of the differences over norms of the reference stay within 1e-5 for
 float32 (tf32 off), 5e-3 for bfloat16 and float16, 1e-6 for telemetry. Bit for bit the same: everything that no
 blending seed owns, gaps between rows included; `grad_output`; and all that a second run gives. Where values are
 not finite, they are so in the same chunk, slot and row as in the reference, and nowhere else.
@@ -35,7 +35,7 @@ from timing import device_alive, first_line, machine, write_json
 HERE = Path(__file__).resolve().parent
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 TELEMETRY_BOUND = 1e-6
-SPEC_SECONDS = 100.0
+SPEC_SECONDS = 150.0
 
 
 def check(job: tuple[int, int, str], emit: workers.Emit) -> None:

@@ -6,7 +6,7 @@ import random
 
 import msgspec
 
-MOST_VALUES = 1 << 27
+MOST_BYTES = 1 << 28
 MOST_HIDDEN = 1 << 29
 CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 16, 17, 24, 31, 32, 48, 64, 100, 128, 200, 255, 256)
 ROWS = (4096, 1, 17, 16384, 128, 0, 4096, 333, 2048, 16384, 31, 1024)
@@ -76,7 +76,7 @@ def draw(number: int, seed: int, *, tiny: bool = False) -> Spec:
     if tiny:
         rows, features = min(rows, r.choice((0, 1, 17, 40))), r.randrange(5, 70)
         rank, chunk = min(rank, 11), min(chunk, 24)
-    while rows * features > MOST_VALUES:
+    while rows * features * (4 if dtype == "float32" else 2) > MOST_BYTES:
         rows //= 2
     seeds = max(1, round(features / min(chunk, features)))
     while -(-features // seeds) > 256:

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from morphc.kernels.reference.chunks import bounds, chunk_max, chunk_sums
 
-READ_CONFIGS = ((4, 2048, 4), (8, 4096, 4), (8, 8192, 2), (16, 8192, 2))
-"""Warps, elements a step, steps in flight; the fastest at each shape is the limit."""
+READ_CONFIGS = ((4, 2048, 4, 1), (8, 4096, 4, 1), (8, 8192, 2, 1), (4, 8192, 1, 64), (8, 16384, 1, 64))
+"""Warps, elements a step, steps in flight, programs for each that runs at once; the fastest is the limit."""
+
+MOST_PROGRAMS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,12 @@ def _read_even(
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def reader(x: Tensor, warps: int, step: int, flight: int) -> Callable[[Tensor, Tensor], None]:
-    """A function that reads all of a tensor like `x` once; its second argument takes 4,096 float32 sums."""
+def reader(x: Tensor, warps: int, step: int, flight: int, waves: int) -> Callable[[Tensor, Tensor], None]:
+    """A function that reads all of a tensor like `x` once; its second argument takes MOST_PROGRAMS float32 sums."""
     elements = x.numel()
-    processors = _processors(x.device)
     step = min(step, triton.next_power_of_2(elements))
-    programs = min(processors * max(1, 32 // warps), triton.cdiv(elements, step))
+    running = _processors(x.device) * max(1, 32 // warps)
+    programs = min(running * waves, triton.cdiv(elements, step), MOST_PROGRAMS)
     whole = elements // step
     # As many programs as divide the work: then no load needs a mask.
     even = next((n for n in range(programs, programs // 2, -1) if elements % step == 0 and whole % n == 0), 0)

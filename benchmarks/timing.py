@@ -162,7 +162,7 @@ def _take_turns(ready: dict[str, _Ready], rounds: int) -> None:
         order = names[turn % len(names) :] + names[: turn % len(names)]
         order = order[::-1] if turn % 2 else order
         events = []
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(3_000_000)
         for name in order:
             if turn % ready[name].every:
                 continue

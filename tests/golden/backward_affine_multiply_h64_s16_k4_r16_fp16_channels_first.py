@@ -234,7 +234,7 @@ def _walk(
     # Without it there would be a way around the loop, on which nothing is multiplied, and ptxas would wait for every
     # single product in it.
     tl.assume(first_block < last_block)
-    for block in range(first_block, last_block):
+    for block in tl.range(first_block, last_block):
         start, row, live, number = _block(block, rows, dy_stride, inner, ROWS)
         saved, at = _saved(first, number, place, column, rows, ROWS)
         there = inside[None, :]
@@ -291,7 +291,6 @@ def backward(
     dy_stride,
     dx_stride,
     inner,
-    workers,
     least,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -311,8 +310,7 @@ def backward(
 ):
     """dx of the chunks that blend, and partial sums of the gradients of the slots that train.
 
-    IN_PLACE: dx holds a copy of dy. Else what no seed blends into is copied from dy here, by the programs from `workers`
-    on.
+    IN_PLACE: dx holds a copy of dy. Else what no seed blends into is copied from dy here.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -323,6 +321,7 @@ def backward(
     inner = inner // STRIDE * STRIDE
     count = tl.load(list_ptr)
     blending = tl.load(list_ptr + 1)
+    workers = tl.num_programs(0)
     blocks = _blocks(rows, inner, ROWS)
     total, sharing = _shared(list_ptr, 0, blocks, workers, least, GROUP, WIDE)
     if program < sharing:
@@ -381,11 +380,12 @@ def reduce(
     list_ptr,
     rows,
     inner,
-    workers,
+    programs,
     least,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     DEPTH: tl.constexpr,
     POSITIONS: tl.constexpr,
     FLOATS: tl.constexpr,
@@ -393,7 +393,7 @@ def reduce(
     EARLY: tl.constexpr,
 ):
     """The gradients of all slots, parameter after parameter: sums of the partial sums in their order, and zero for a
-    slot that doesn't train. With ADD they are added to what is there.
+    slot that doesn't train. With ADD they are added to what is there. programs: those of `backward`.
 
     Grid: FLOATS of a slot's gradient in the first axis, POSITIONS of the list in the second.
     """
@@ -401,6 +401,7 @@ def reduce(
         tl.extra.cuda.gdc_wait()
     count = tl.load(list_ptr)
     blocks = _blocks(rows, inner, ROWS)
+    workers = programs
     total, sharing = _shared(list_ptr, 0, blocks, workers, least, GROUP, WIDE)
     # With nothing listed no number below is used, but none is divided by zero.
     total, sharing = tl.maximum(total, 1), tl.maximum(sharing, 1)

@@ -135,7 +135,6 @@ def _five(a, b, c, d, peak, a_2, b_2, c_2, d_2, peak_2):
 def _take(
     x,
     bits,
-    here,
     m,
     kept_rows,
     squares,
@@ -153,31 +152,36 @@ def _take(
 ):
     """Adds a part of a tile to all but the sums of rows; its share of those comes first, [chunks, rows, lanes].
 
-    x: the tile as loaded. With MASKED only `bits` of it, or what is `here`, belongs to the chunks; m is 0 elsewhere.
-    With LOOSE only `kept_rows` count, and with CAREFUL, in those, only finite values; others are counted in `lost`.
+    x: the tile as loaded. With MASKED only its `bits` belong to the chunks; m is 0 elsewhere. With LOOSE only
+    `kept_rows` count, and with CAREFUL, in those, only finite values; others are counted in `lost`.
     """
     chunks: tl.constexpr = squares.shape[0]
     rows: tl.constexpr = squares.shape[1]
     lanes: tl.constexpr = squares.shape[2]
-    if MASKED:
-        if WORDS:
-            x = x & bits
-        else:
-            x = tl.where(bits != 0, x.to(tl.float32), 0.0)
     if WORDS:
+        if MASKED:
+            x = x & bits
         low = (x << 16).to(tl.float32, bitcast=True)
         high = (x & -0x10000).to(tl.float32, bitcast=True)
         v = tl.join(low, high)
     else:
         v = x.to(tl.float32)
+        if MASKED:
+            v = tl.where(bits != 0, v, 0.0)
     piece: tl.constexpr = v.numel // (chunks * rows * lanes)
     if FLAT:
         v = tl.permute(tl.reshape(v, [rows, chunks, lanes, piece]), [1, 0, 2, 3])
     else:
         v = tl.reshape(v, [chunks, rows, lanes, piece])
     d = v - m
+    if MASKED and not PACKED:
+        if WORDS:
+            bits = tl.join(bits & 0xFFFF, bits >> 16)
+        here = tl.reshape(bits, [chunks, 1, lanes, piece]) != 0
     if LOOSE:
-        kept = kept_rows & here
+        kept = kept_rows
+        if MASKED:
+            kept = kept & here
         if CAREFUL:
             finite = tl.abs(v) < INFINITY
             lost += tl.sum(tl.where(kept & ~finite, 1, 0), axis=3)
@@ -303,20 +307,17 @@ def _walk(
             base += BLOCK_ROWS * (stride // word)
     chunk, valid = _chunks(tile, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, CHUNKS, VECTOR, FLAT)
     m = tl.load(shift_ptr + chunk, mask=valid, other=0.0).to(tl.float32)[:, None, None, None]
-    # What of each part belongs to its chunks: as bits of the words, and of the values, whose shifts are these.
+    # What of each part belongs to its chunks, as bits, and the shifts there.
     bits = ()
-    here = ()
     shifts = ()
     for q in tl.static_range(PARTS):
         if FLAT:
             bits = bits + (0,)
-            here = here + (valid[:, None, None, None],)
             shifts = shifts + (m,)
         else:
             column = (start // VECTOR + q * LANES) * VECTOR + tl.arange(0, LANES * VECTOR)[None, :]
             own = (column >= start) & (column < start + WIDTH)
-            here = here + (tl.reshape(own, [CHUNKS, 1, LANES, VECTOR]) & valid[:, None, None, None],)
-            shifts = shifts + (tl.where(here[q], m, 0.0),)
+            shifts = shifts + (tl.where(tl.reshape(own, [CHUNKS, 1, LANES, VECTOR]), m, 0.0),)
             if words:
                 column = (start // VECTOR + q * LANES) * VECTOR + tl.arange(0, LANES * each)[None, :] * 2
                 low = tl.where((column >= start) & (column < start + WIDTH), 0xFFFF, 0)
@@ -342,7 +343,7 @@ def _walk(
                         y = _activate(_values(x, words), PTX).to(y_ptr.dtype.element_ty)
                         tl.store(y_base + y_places[q], y, mask=y_asked[q])
                     in_part, squares, zeros, peak, lost, count, most = _take(
-                        x, bits[q], here[q], shifts[q], True, squares, zeros, peak, lost, count, most,
+                        x, bits[q], shifts[q], True, squares, zeros, peak, lost, count, most,
                         FLAT,
                         # Vectors that belong to their chunk from end to end need no mask.
                         not (
@@ -383,7 +384,7 @@ def _walk(
                 y = _activate(_values(x, words), PTX).to(y_ptr.dtype.element_ty)
                 tl.store(y_base + y_places[q], y, mask=y_asked[q] & (begin + row_place < last))
             in_part, squares, zeros, peak, lost, _, _ = _take(
-                x, bits[q], here[q], shifts[q], kept_rows, squares, zeros, peak, lost, 0, 0,
+                x, bits[q], shifts[q], kept_rows, squares, zeros, peak, lost, 0, 0,
                 FLAT, not FLAT, True, CAREFUL, words, False,
             )
             if q == 0:

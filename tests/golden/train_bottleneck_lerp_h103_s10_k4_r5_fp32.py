@@ -332,7 +332,7 @@ def _walk(
     # Without it there would be a way around the loop, on which nothing is multiplied, and ptxas would wait for every
     # single product in it.
     tl.assume(first_block < last_block)
-    for block in range(first_block, last_block):
+    for block in tl.range(first_block, last_block, disable_licm=True):
         start, row, live, number = _block(block, rows, stride, inner, ROWS)
         if LIVE:
             saved, at = start, _offsets(row, feature, stride, inner)
