@@ -6,7 +6,8 @@
 
 `step` is one launch. `reconstruct` is two: `train` sums errors and gradients over ranges of rows, as `backward` of
 `morphc.kernels.gradient` does, and counts the slots' steps; `adamw` adds the sums up in a fixed order and steps
-the slots. Nothing of a slot that doesn't train moves. `morphc.kernels.reference.train` and `.adamw` say what is computed.
+the slots. Nothing of a slot that doesn't train moves. `morphc.kernels.reference.train` and `.adamw` say what is
+computed.
 """
 
 from __future__ import annotations
