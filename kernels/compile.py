@@ -183,7 +183,9 @@ def triton_options(options: Mapping[str, Any], target: str) -> dict[str, Any]:
             f"no compile option {unknown[0]!r}; there are num_warps, num_stages, maxnreg and pdl"
         )
     kind, _, arch = target.partition(":")
-    found: dict[str, Any] = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    # Said, because what Triton takes otherwise changes after 3.9.
+    found: dict[str, Any] = {"enable_fp_fusion": True}
+    found |= {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     if kind == "cuda" and options.get("maxnreg") is not None:
         found["maxnreg"] = options["maxnreg"]
     if kind == "cuda" and options.get("pdl") and int(arch) >= 90:

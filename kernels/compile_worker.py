@@ -91,16 +91,23 @@ def _cuda(kernel: Any, log: str) -> tuple[int, int]:
 
 def _ptxas_log(kernel: Any) -> str:
     """What ptxas says of a kernel that Triton had in its cache, and of the functions that it calls."""
-    from triton import knobs
+    # Which of its two ptxas Triton takes for an architecture changed with its versions.
+    from triton.backends.nvidia.compiler import get_ptxas
 
     arch = kernel.metadata.target.arch
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.ptx")
         with open(path, "w", encoding="utf-8") as file:
             file.write(kernel.asm["ptx"])
         name = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [tool.path, "-v", f"--gpu-name={name}", path, "-o", os.path.join(folder, "kernel.cubin")]
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={name}",
+            path,
+            "-o",
+            os.path.join(folder, "kernel.cubin"),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -123,7 +130,7 @@ def explain(error: BaseException) -> tuple[str, list[tuple[str, int]]]:
             places.append((text, line))
         told = str(current).rstrip() or repr(current)
         if refused := re.findall(
-            r"^ptxas (?:fatal|error)\s*:(?! Ptx assembly aborted)\s*(.*)", told, re.MULTILINE
+            r"^ptxas(?:-\w+)? (?:fatal|error)\s*:(?! Ptx assembly aborted)\s*(.*)", told, re.MULTILINE
         ):
             told = f"ptxas: {'; '.join(refused)}"
         if told not in said:

@@ -214,6 +214,8 @@ _interpreter = threading.RLock()
 def _interpreted(function: Any, constants: dict[str, Any]) -> triton_api.Launch:
     import numpy
 
+    triton_api.mend_interpreter()
+
     def launch(grid: Grid, *args: Any) -> None:
         # The interpreter keeps its program ids in globals, and numpy warns of every Inf that a kernel is there for.
         with _interpreter, numpy.errstate(all="ignore"):

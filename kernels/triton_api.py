@@ -69,6 +69,29 @@ def interprets() -> bool:
     return type(triton().language.sum).__name__ == "InterpretedFunction"
 
 
+@lru_cache(maxsize=1)
+def mend_interpreter() -> None:
+    """Keep masks boolean: 3.9 makes an int32 block of a scalar comparison, which it then refuses as a mask."""
+    import numpy
+
+    triton()
+    from triton.runtime import interpreter
+
+    builder, handle, one_bit = (
+        interpreter.interpreter_builder,
+        interpreter.TensorHandle,
+        triton().language.int1,
+    )
+    given = builder.create_splat
+
+    def splat(kind: Any, value: Any) -> Any:
+        if value.data.dtype != numpy.bool_:
+            return given(kind, value)
+        return handle(numpy.full(kind.shape, value.data), one_bit)
+
+    builder.create_splat = splat
+
+
 def launcher(
     kernel: Any,
     function: Any,
