@@ -105,7 +105,7 @@ class TestOneKernel:
 
     def test_options_go_to_the_targets_that_have_them(self) -> None:
         given = {"num_warps": 8, "num_stages": 2, "maxnreg": 64, "pdl": True}
-        shared = {"num_warps": 8, "num_stages": 2}
+        shared = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
         assert triton_options(given, "cuda:90") == shared | {"maxnreg": 64, "launch_pdl": True}
         assert triton_options(given, "cuda:80") == shared | {"maxnreg": 64}
         assert triton_options(given, "hip:gfx942") == shared
