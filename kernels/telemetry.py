@@ -40,8 +40,8 @@ MOST_INTERVALS: Final = 4
 MERGE_EVERY: Final = 16
 """Samples whose sums are added up in float32 before they are handed on in float64."""
 
-MERGE_SPLITS: Final = 8
-MERGE_WARPS: Final = 4
+MERGE_TILE: Final = 1 << 13
+"""Values of a program of `merge`, of 8 for every chunk and split."""
 
 HEAD: Final = 1 << 18
 """Values that shifts are found from, in all."""
@@ -117,7 +117,8 @@ class Variant(NamedTuple):
 
     unit: power of two up to 16 that divides the distance of rows (of samples and features, where those aren't last)
     and the pointers, in elements. dense: rows follow each other. write: act(x) is written. clocked: the device
-    counts the launches. exact: the cells are float64. add: to what they hold.
+    counts the launches. exact: the cells are float64. add: to what they hold. early: it waits by itself for the
+    kernel before.
     """
 
     unit: int = 16
@@ -126,6 +127,7 @@ class Variant(NamedTuple):
     clocked: bool = False
     exact: bool = False
     add: bool = True
+    early: bool = False
 
 
 USUAL: Final = Variant()
@@ -140,7 +142,6 @@ def signature(spec: KernelSpec, exact: bool = False) -> dict[str, str]:
         "part_ptr": "*fp64" if exact else "*fp32",
         "measured_ptr": "*i64",
         "shift_ptr": "*fp64",
-        "nonfinite_ptr": "*i64",
         "clock_ptr": "*i32",
         "every": "i32",
         "rows": "i32",
@@ -160,7 +161,12 @@ def job(
 ) -> Job:
     """The pass as `compile_all` and `launch.prepare` take it. target: `cpu` is Triton's interpreter."""
     kind, _, arch = target.partition(":")
-    constants: dict[str, Any] = {"ADD": variant.add, "CLOCKED": variant.clocked}
+    constants: dict[str, Any] = {
+        "ADD": variant.add,
+        "SLIM": config.num_stages == 1,
+        "CLOCKED": variant.clocked,
+        "EARLY": variant.early,
+    }
     for region, suffix in zip(regions(spec.features, spec.seeds), ("", "_2"), strict=False):
         for name, value in tiling(spec, region, config, variant.unit)._asdict().items():
             constants[f"{name.upper()}{suffix}"] = value
@@ -198,7 +204,7 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
         height = max(1, 32 * warps * full * loads // width)
         tiles = cdiv(spec.features, width)
         splits = max(1, min(round(programs / tiles), cdiv(rows, height)))
-        return TuneConfig(height, width, warps, 1, splits=splits)
+        return TuneConfig(height, width, warps, 2, splits=splits)
 
     found: list[TuneConfig] = []
     if values <= 1 << 22:
@@ -218,22 +224,21 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
 
 
 def merge_job(
-    spec: KernelSpec, block: int = 128, exact: bool = False, near_zero: float = 0.0, target: str = "cuda:90"
+    spec: KernelSpec,
+    block: int = 32,
+    splits: int = 16,
+    exact: bool = False,
+    near_zero: float = 0.0,
+    target: str = "cuda:90",
 ) -> Job:
-    """`merge` as `compile_all` and `launch.prepare` take it. block: chunks of a program."""
+    """`merge` as `compile_all` and `launch.prepare` take it. block: chunks of a program; splits: a power of two."""
     part = "*fp64" if exact else "*fp32"
     pointers = {"part_ptr": part, "measured_ptr": "*i64", "seen_ptr": "*i64"}
     signature = pointers | {"sums_ptr": "*fp64", "counts_ptr": "*i64", "state_stride": "i32", "splits": "i32"}
-    constants = {"BLOCK": block, "SPLITS": MERGE_SPLITS}
-    return Job(
-        source(spec, near_zero),
-        "merge",
-        signature,
-        constants,
-        [*pointers],
-        {"num_warps": MERGE_WARPS},
-        target,
-    )
+    splits = min(splits, MERGE_TILE // (8 * block))
+    constants = {"BLOCK": block, "SPLITS": splits}
+    options = {"num_warps": 8 if splits * 8 * block > MERGE_TILE // 2 else 4}
+    return Job(source(spec, near_zero), "merge", signature, constants, [*pointers], options, target)
 
 
 def shift_job(spec: KernelSpec, near_zero: float = 0.0, target: str = "cuda:90") -> Job:
@@ -256,7 +261,7 @@ def shift_job(spec: KernelSpec, near_zero: float = 0.0, target: str = "cuda:90")
 class Cells:
     """Sums on their way to the state, of one site on one device.
 
-    part: [splits, 5, S], float64 if `exact`. measured: [1] int64, rows that were measured; seen: [S] int64, those
+    part: [splits, 6, S], float64 if `exact`. measured: [1] int64, rows that were measured; seen: [S] int64, those
     that the state knows of. pending: samples since the last merge, as far as this process launched them.
     """
 
@@ -266,7 +271,7 @@ class Cells:
         self.exact = exact
         self.splits = splits
         self.part = torch.zeros(
-            splits, 5, seeds, dtype=torch.float64 if exact else torch.float32, device=device
+            splits, 6, seeds, dtype=torch.float64 if exact else torch.float32, device=device
         )
         self.measured = torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(seeds, dtype=torch.int64, device=device)
@@ -322,7 +327,7 @@ class Telemetry:
         self.target = target_of(device)
         self.processors = launch.multiprocessors(device)
         self._passes: dict[tuple[object, ...], tuple[Launch, Plan, int]] = {}
-        self._merges: dict[bool, Launch] = {}
+        self._merges: dict[tuple[bool, int], tuple[Launch, int]] = {}
         self._shifts: dict[None, Launch] = {}
         source(spec, near_zero)
 
@@ -365,13 +370,15 @@ class Telemetry:
         clock: Tensor | None = None,
         every: int = 1,
         merged: bool = False,
+        early: bool = False,
     ) -> None:
         """Measure `x`: add a sample to the cells, in one launch, and every few samples hand them on to the state.
 
         view: how x is walked. sums [8, N], counts [3, N]: the state, contiguous, in which the site's seeds begin at
         `offset`; sums are taken around their shifts. y: where act(x) is written in the same launch, other memory
         than x, walked as `y_view` (or `view`) says. clock: see `new_clock`; then each `every`th launch measures,
-        the first included, and every one writes y. merged: hand the sample on at once.
+        the first included, and every one writes y. merged: hand the sample on at once. early: begin while the kernel
+        before still runs, and wait for it then (capability 9 on).
 
         Raises UnsupportedKernelError where act(x) can't be written along.
         """
@@ -384,10 +391,10 @@ class Telemetry:
         pointer, out_pointer = x.data_ptr(), out.data_ptr()
         key = (
             view.rows, view.inner, view.stride, out_stride, (pointer | out_pointer) % LOAD, y is None, clock is None,
-            cells.exact, cells.splits,
+            cells.exact, cells.splits, early,
         )  # fmt: skip
         launched, planned, unit = self._passes.get(key) or self._prepare(
-            key, view, out_stride, cells, y is not None, clock is not None
+            key, view, out_stride, cells, y is not None, clock is not None, early
         )
         if planned.splits > cells.splits:
             cells.enlarge(planned.splits)
@@ -408,23 +415,23 @@ class Telemetry:
                 part,
                 measured,
                 _address(sums, health.SHIFT, offset),
-                _address(counts, health.NONFINITE, offset),
                 measured if clock is None else clock.data_ptr(),
                 *numbers,
             )
         else:
             ticks = torch.zeros(1, dtype=torch.int32) if clock is None else clock
-            shifts, nonfinite = sums[health.SHIFT, offset:], counts[health.NONFINITE, offset:]
-            launched(grid, x, out, cells.part, cells.measured, shifts, nonfinite, ticks, *numbers)
+            shifts = sums[health.SHIFT, offset:]
+            launched(grid, x, out, cells.part, cells.measured, shifts, ticks, *numbers)
         if merged:
             self.merge(cells, sums, counts, offset)
 
     def merge(self, cells: Cells, sums: Tensor, counts: Tensor, offset: int = 0) -> None:
         """Hand the sums on to the state, and clear them."""
         for part in (cells, *cells.retired):
-            merging = self._merges.get(part.exact) or self._prepare_merge(part.exact)
+            key = part.exact, next_pow2(part.splits)
+            merging, block = self._merges.get(key) or self._prepare_merge(*key)
             state = self._state(sums, counts, offset)
-            grid = (cdiv(self.spec.seeds, self._merge_block), 1, 1)
+            grid = (cdiv(self.spec.seeds, block), 1, 1)
             merging(grid, part.part, part.measured, part.seen, *state, sums.stride(0), part.splits)
             part.pending = 0
 
@@ -450,11 +457,6 @@ class Telemetry:
             return _address(sums, 0, offset), _address(counts, 0, offset)
         return sums[:, offset:], counts[:, offset:]
 
-    @property
-    def _merge_block(self) -> int:
-        """Chunks of a program, few enough for all multiprocessors to have some."""
-        return max(16, min(128, next_pow2(cdiv(self.spec.seeds, self.processors))))
-
     def _check_written(self, x: Tensor, y: Tensor) -> None:
         if self.spec.epilogue not in WRITTEN:
             known = ", ".join(WRITTEN)
@@ -474,6 +476,7 @@ class Telemetry:
         cells: Cells,
         write: bool,
         clocked: bool,
+        early: bool,
     ) -> tuple[Launch, Plan, int]:
         aligned = key[4] == 0
         distances = view.stride | out_stride
@@ -483,30 +486,33 @@ class Telemetry:
             distances |= self.spec.features
         unit = min(16, distances & -distances) if aligned else 1
         dense = view.walk == "last" and view.stride == out_stride == self.spec.features
-        variant = Variant(unit, dense, write, clocked, cells.exact)
+        variant = Variant(unit, dense, write, clocked, cells.exact, early=early)
         made = job(self.spec, self.config_for(view.rows), variant, self.near_zero, self.target)
         planned = self.plan(view, unit, cells.splits)
         if len(self._passes) >= KEPT:
             self._passes.clear()
-        found = self._passes[key] = self._prepared(made), planned, unit
+        found = self._passes[key] = self._prepared(made, early), planned, unit
         return found
 
-    def _prepare_merge(self, exact: bool) -> Launch:
-        made = merge_job(self.spec, self._merge_block, exact, self.near_zero, self.target)
-        found = self._merges[exact] = self._prepared(made)
+    def _prepare_merge(self, exact: bool, splits: int) -> tuple[Launch, int]:
+        # As many chunks a program that all multiprocessors have some.
+        block = max(4, min(32, next_pow2(cdiv(self.spec.seeds, self.processors))))
+        made = merge_job(self.spec, block, splits, exact, self.near_zero, self.target)
+        found = self._merges[exact, splits] = self._prepared(made), block
         return found
 
     def _prepare_shift(self) -> Launch:
         found = self._shifts[None] = self._prepared(shift_job(self.spec, self.near_zero, self.target))
         return found
 
-    def _prepared(self, made: Job) -> Launch:
+    def _prepared(self, made: Job, early: bool = False) -> Launch:
         return launch.prepare(
             made.source,
             made.function,
             made.signature,
             made.constants,
             aligned=made.aligned,
+            pdl=early,
             device=self.device,
             **made.options,
         ).launch

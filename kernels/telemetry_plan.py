@@ -23,8 +23,9 @@ WIDEST: Final = 4096
 """Features of the widest chunk that has a kernel."""
 
 MOST_PARTS: Final = 16
-COUNTED: Final = 65535
-"""What the 16-bit counters of a thread hold."""
+ADDS: Final = 128
+"""So many float32 are added up one by one. Squares of values with few digits are rounded the same way again and
+again: of 256 a sum can be off by 2e-6, of 128 by less than a tenth of that. (16-bit counters hold them as well.)"""
 
 EXACT: Final = 1 << 24
 """Up to this a float32 counts exactly."""
@@ -66,7 +67,8 @@ def regions(features: int, seeds: int) -> tuple[Region, ...]:
 def tiling(spec: KernelSpec, region: Region, config: TuneConfig, unit: int) -> Tiling:
     """How programs of `config` walk a region whose rows lie a multiple of `unit` elements apart.
 
-    block_rows x block_cols is what a program asks for at once, block_cols the width of its tile.
+    block_rows x block_cols is what a program asks for at once, block_cols the width of its tile. With one stage
+    that is one tile of the careful walk, with more it is tiles asked for ahead.
     """
     threads = 32 * config.num_warps
     full = LOAD // ITEM[spec.dtype]
@@ -82,12 +84,17 @@ def tiling(spec: KernelSpec, region: Region, config: TuneConfig, unit: int) -> T
         chunks = max(min(few, max(1, config.block_cols // width)), cdiv(vector, width))
         rows = max(1, threads * full // (chunks * width))
         each = max(1, chunks * width * rows // (threads * full))
-        return Tiling(True, rows, chunks, 1, 1, vector, _pow2(max(1, loads // each)))
+        return _staged(Tiling(True, rows, chunks, 1, 1, vector, _pow2(max(1, loads // each))), config)
     vector, lanes, parts = _parts(spec, region, vector)
     chunks = min(few, max(1, _pow2(config.block_cols // (lanes * vector))), threads // lanes)
-    return Tiling(
-        False, threads // (chunks * lanes), chunks, lanes, parts, vector, _pow2(max(1, loads // parts))
-    )
+    rows = threads // (chunks * lanes)
+    return _staged(Tiling(False, rows, chunks, lanes, parts, vector, _pow2(max(1, loads // parts))), config)
+
+
+def _staged(tiled: Tiling, config: TuneConfig) -> Tiling:
+    if config.num_stages > 1:
+        return tiled
+    return tiled._replace(block_rows=tiled.block_rows * tiled.unroll, unroll=1)
 
 
 @lru_cache(maxsize=1024)
@@ -134,7 +141,7 @@ class Plan(NamedTuple):
 def plan(spec: KernelSpec, config: TuneConfig, view: View, unit: int, splits: int = 0) -> Plan:
     """The grid for an activation; of up to `splits` splits, if given, as far as counters allow."""
     tiles, step, length = 0, 1, view.rows
-    # As many rows or blocks keep a thread's counters and the count of a cell exact.
+    # As many rows or blocks keep a thread's sums and the count of a cell exact.
     most, height = EXACT // spec.chunk, 1
     for region in regions(spec.features, spec.seeds):
         tiled = tiling(spec, region, config, unit)
@@ -143,10 +150,10 @@ def plan(spec: KernelSpec, config: TuneConfig, view: View, unit: int, splits: in
         if spec.layout == "channels_first":
             height = tiled.block_rows
             length = view.rows // view.inner * cdiv(view.inner, height)
-            most = min(most, COUNTED // region.width, EXACT // (region.width * height))
+            most = min(most, max(1, ADDS // region.width), EXACT // (region.width * height))
         else:
             step = max(step, tiled.block_rows * tiled.unroll)
-            most = min(most, COUNTED // tiled.parts * tiled.block_rows)
+            most = min(most, ADDS // tiled.parts * tiled.block_rows)
     wanted = max(1, min(config.splits or 1, splits or config.splits or 1))
     span = max(1, min(cdiv(cdiv(length, wanted), step), most // step)) * step
     return Plan(tiles, cdiv(length, span), span, max(1, EXACT // (spec.chunk * span * height)))
