@@ -1,7 +1,11 @@
 """Where a value is dead behind its activation: |act(v)| <= near_zero, as comparisons of v itself.
 
+What counts is the value that the model stores: act(v) by torch's float32 function on the CPU, rounded to the type of
+the activation (so that silu(-21) is 0 in float16, and in bfloat16 isn't), compared as a float32 with near_zero.
+
 Telemetry counts the dead before the activation runs. Evaluating it again would cost more than all that is measured
-beside; but the dead lie in a few intervals, which torch can be asked for once.
+beside; but the dead lie in a few intervals, which torch can be asked for once. A device's own erf, tanh or exp may
+differ from torch's in the last bit, so of float32 a few values beside an end may be judged otherwise than there.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,38 +29,46 @@ class Interval(NamedTuple):
     high: float
 
 
+PIECE: Final = 1 << 15
+"""Values that torch computes in one thread; of whole vectors, since what is left over takes another function."""
+
+
 @lru_cache(maxsize=256)
 def dead_values(epilogue: str | None, near_zero: float, dtype: str) -> tuple[Interval, ...]:
-    """Where |act(v)| <= near_zero, as torch finds it in float32; an end at the largest value is infinite.
+    """Where act(v), as it is stored, is at most near_zero; an end at the largest value is infinite.
 
     Of the 16-bit types every value is tried. Of float32 those that are bfloat16 as well, and between two of them
-    that differ all; where rounding makes the answer flicker there, the nearest intervals count as one.
+    that differ all; where rounding makes the answer flicker there, the end that judges fewest wrongly.
     """
-    act = activation(epilogue or "identity")
     tried = _finite_values("float16" if dtype == "float16" else "bfloat16")
-    dead = act(tried).abs() <= near_zero
+    dead = _stored_dead(tried, epilogue, near_zero, dtype)
+    low = -math.inf
     found: list[Interval] = []
-    low = -math.inf if dead[0] else math.nan
     for edge in (dead[1:] != dead[:-1]).nonzero().flatten().tolist():
-        around = tried[edge : edge + 2]
+        ends = tried[edge : edge + 2]
         if dtype == "float32":
-            around = _between(around)
-        inside = act(around).abs() <= near_zero
-        for at in (inside[1:] != inside[:-1]).nonzero().flatten().tolist():
-            if inside[at + 1]:
-                low = around[at + 1].item()
-            else:
-                found.append(Interval(low, around[at].item()))
+            between = _between(ends)
+            inside = _stored_dead(between, epilogue, near_zero, dtype)
+            # Of the values up to a place those that belong behind it, and of those behind it the others.
+            wrong = (inside != inside[0]).to(torch.int64).cumsum(0)
+            right = (inside == inside[0]).to(torch.int64).cumsum(0)
+            place = int((wrong + right[-1] - right)[:-1].argmin())
+            ends = between[place : place + 2]
+        if dead[edge]:
+            found.append(Interval(low, ends[0].item()))
+        else:
+            low = ends[1].item()
     if dead[-1]:
         found.append(Interval(low, math.inf))
-    merged = found[:1]
-    for interval in found[1:]:
-        last = merged[-1]
-        if dtype == "float32" and interval.low - last.high < 1e-2 * abs(last.high):
-            merged[-1] = Interval(last.low, interval.high)
-        else:
-            merged.append(interval)
-    return tuple(merged)
+    return tuple(found)
+
+
+def _stored_dead(values: Tensor, epilogue: str | None, near_zero: float, dtype: str) -> Tensor:
+    """Whether each of `values`, float32, is dead."""
+    act, kind = activation(epilogue or "identity"), getattr(torch, dtype)
+    padded = torch.nn.functional.pad(values, (0, -len(values) % 64))
+    after = torch.cat([act(piece.clone()).to(kind).float() for piece in padded.split(PIECE)])
+    return after[: len(values)].abs() <= near_zero
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ their variance):
 
     total    sum of (x - m)            squares   sum of (x - m)^2
     row_squares  sum over rows of (sum over the chunk of (x - m))^2
-    peak     max |x|                   zeros     how many are dead: |act(x)| <= near_zero
+    peak     max |x|                   zeros     how many are dead: |act(x)| <= near_zero, of act(x) as it is stored
     finite   how many are finite       nonfinite how many are not
 
 Non-finite values are left out of the moments, the peak and the dead, and stand as m in the row sums. Sums
@@ -42,15 +42,24 @@ def as_rows(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
-def measure(x: Tensor, seeds: int, epilogue: str | None = None, near_zero: float = 0.0) -> Sums:
-    """x: [rows, F] with at least one row. Reads nothing back from the device."""
+def measure(
+    x: Tensor,
+    seeds: int,
+    epilogue: str | None = None,
+    near_zero: float = 0.0,
+    stored: torch.dtype | None = None,
+) -> Sums:
+    """x: [rows, F] with at least one row. Reads nothing back from the device.
+
+    stored: of the activation, where x is a wider copy of it; act(x) is rounded to that.
+    """
     rows, features = x.shape
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     finite = wide.isfinite()
     per_seed = chunk_sums(finite.sum(0), seeds)
     shift = chunk_sums(torch.where(finite, wide, 0).sum(0), seeds) / per_seed.clamp(min=1)
     centered = torch.where(finite, wide - spread(shift, features), 0)
-    after = wide if epilogue is None else activation(epilogue)(wide)
+    after = wide if epilogue is None else activation(epilogue)(wide).to(stored or x.dtype).to(wide.dtype)
     dead = finite & (after.abs() <= near_zero)
     width = chunk_widths(torch.arange(seeds, device=x.device), features, seeds)
     columns = torch.stack((centered.sum(0), (centered * centered).sum(0)))

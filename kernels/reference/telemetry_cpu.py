@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from morphc.kernels.dead import Interval, dead_values
 from morphc.kernels.reference.activations import (
     DEAD_BELOW_ZERO,
     DEAD_FAR_BELOW_ZERO,
@@ -163,13 +164,22 @@ _kept = _Kept()
 
 
 def meter_of(
-    rows: int, features: int, seeds: int, wide: np.dtype[Any], epilogue: str | None, near_zero: float
+    rows: int,
+    features: int,
+    seeds: int,
+    wide: np.dtype[Any],
+    epilogue: str | None,
+    near_zero: float,
+    stored: str = "",
 ) -> Meter:
-    """What measures [rows, F] for the calling thread; to be used before it is asked for another."""
+    """What measures [rows, F] for the calling thread; to be used before it is asked for another.
+
+    stored: `bfloat16` or `float16`, where the values are copies of an activation of that type.
+    """
     abreast = 1
     if rows >= SHORT_ROW and features % seeds == 0:  # side by side, equal chunks are an equal split again
         abreast = _divisor(rows, SHORT_ROW // features)
-    return _kept.meter(rows, features, seeds, abreast, wide, epilogue, near_zero)
+    return _kept.meter(rows, features, seeds, abreast, wide, epilogue, near_zero, stored)
 
 
 class Piece(NamedTuple):
@@ -205,8 +215,11 @@ class Meter:
         wide: np.dtype[Any],
         epilogue: str | None,
         near_zero: float,
+        stored: str,
     ) -> None:
         self.epilogue, self.near_zero = epilogue, near_zero
+        # What is rounded to 16 bits behind the epilogue is told by the values before it, of which there are few.
+        self.intervals = dead_values(epilogue, near_zero, stored) if epilogue and stored else None
         self.far = DEAD_FAR_BELOW_ZERO.get(epilogue or "identity", 0.0)
         self.dead_below = near_zero == 0.0 and epilogue in DEAD_BELOW_ZERO
         at_zero = epilogue is None or epilogue in DEAD_ONLY_AT_ZERO or self.far < 0.0
@@ -330,7 +343,10 @@ class Meter:
 
     def _count_dead(self, x: Array, piece: Piece) -> None:
         """How many of each column are dead behind the epilogue."""
-        if self.dead_below:
+        if self.intervals is not None:
+            _mask_intervals(x, self.intervals, piece.mask)
+            _sum_mask(piece)
+        elif self.dead_below:
             np.less_equal(x, ZERO, piece.mask)
             _sum_mask(piece)
         elif self.dead_at_zero:
@@ -381,6 +397,16 @@ def _row_sums(in_rows: Array, sums: Array) -> list[Call]:
     else:
         calls.append((np.add.reduce, (in_rows, 1, None, sums)))
     return calls
+
+
+def _mask_intervals(x: Array, intervals: tuple[Interval, ...], mask: Array) -> None:
+    """mask: where x lies in one of them."""
+    mask.fill(False)
+    for low, high in intervals:
+        inside = np.less_equal(x, high)
+        if low > -math.inf:
+            np.logical_and(inside, np.greater_equal(x, low), inside)
+        np.logical_or(mask, inside, mask)
 
 
 def _sum_mask(piece: Piece) -> None:

@@ -35,6 +35,8 @@ _transforming = torch._C._functorch.peek_interpreter_stack
 HOST_TYPES = (torch.float32, torch.float64)
 """What numpy reads as it is."""
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
 _library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "watch(Tensor y, Tensor(a!) clock, Tensor(b!) sums, Tensor(c!) counts, int offset, int seeds, "
@@ -94,6 +96,7 @@ class Gauge:
         "place",
         "rows",
         "state",
+        "stored",
         "sums",
         "thread",
         "window",
@@ -110,6 +113,7 @@ class Gauge:
         )
         self.given: tuple[int, ...] = ()
         self.kind: np.dtype[Any] | None = None
+        self.stored = torch.float32
         self.center: Array | None = None
 
     def read(self, y: Tensor) -> Array | None:
@@ -130,9 +134,10 @@ class Gauge:
         last = place.axis % y.dim() == y.dim() - 1
         wide = np.dtype(np.float64 if y.dtype == torch.float64 else np.float32)
         self.given, self.kind = tuple(y.shape) if last else (), wide
-        self.thread = get_ident()
+        self.thread, self.stored = get_ident(), y.dtype
+        stored = str(y.dtype).removeprefix("torch.") if y.dtype in HALF_TYPES else ""
         self.meter = meter_of(
-            rows.shape[0], rows.shape[1], place.seeds, wide, place.epilogue, place.near_zero
+            rows.shape[0], rows.shape[1], place.seeds, wide, place.epilogue, place.near_zero, stored
         )
         self.window = -1  # the center is of the type that sums are formed in
         return x
@@ -149,7 +154,7 @@ class Gauge:
             np.maximum(self.peak, meter.peak, self.peak)
             np.add(self.rows, len(values), self.rows)
         else:
-            _add_any(torch.from_numpy(values), *self.state)
+            _add_any(torch.from_numpy(values), *self.state, self.stored)
             self.window = -1
 
 
@@ -186,9 +191,11 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
     return True
 
 
-def _add_any(x: Tensor, sums: Tensor, counts: Tensor, place: Place) -> None:
-    """x: [rows, F], anywhere."""
-    measured = measure(x, place.seeds, place.epilogue, place.near_zero)
+def _add_any(
+    x: Tensor, sums: Tensor, counts: Tensor, place: Place, stored: torch.dtype | None = None
+) -> None:
+    """x: [rows, F], anywhere. stored: see `measure`."""
+    measured = measure(x, place.seeds, place.epilogue, place.near_zero, stored)
     if x.device != sums.device:
         moved: Any = [v.to(sums.device) if isinstance(v, Tensor) else v for v in measured]
         measured = Sums(*moved)

@@ -68,7 +68,8 @@ def _count_two(count, x, mask, MASKED: tl.constexpr):
         mov.b32 t, 0x00000000;
         set.eq.u32.bf16x2 $0, $1, t;
         }""",
-        "=r,r",
+        # & for a result that is written before the operand was read for the last time.
+        "=&r,r",
         [x],
         dtype=tl.int32,
         is_pure=True,
@@ -122,13 +123,43 @@ def _activate(v, PTX: tl.constexpr):
 
 
 @triton.jit
-def _four(a, b, c, peak, a_2, b_2, c_2, peak_2):
-    return a + a_2, b + b_2, c + c_2, tl.maximum(peak, peak_2)
+def _four(a, b, c, most, a_2, b_2, c_2, most_2):
+    return a + a_2, b + b_2, c + c_2, tl.maximum(most, most_2)
 
 
 @triton.jit
-def _five(a, b, c, d, peak, a_2, b_2, c_2, d_2, peak_2):
-    return a + a_2, b + b_2, c + c_2, d + d_2, tl.maximum(peak, peak_2)
+def _five(a, b, c, d, most, a_2, b_2, c_2, d_2, most_2):
+    return a + a_2, b + b_2, c + c_2, d + d_2, tl.maximum(most, most_2)
+
+
+@triton.jit
+def _six(a, b, c, d, e, most, a_2, b_2, c_2, d_2, e_2, most_2):
+    return a + a_2, b + b_2, c + c_2, d + d_2, e + e_2, tl.maximum(most, most_2)
+
+
+@triton.jit
+def _over_rows(
+    total, squares, row_squares, zeros, peak, lost, WIDTH: tl.constexpr, CAREFUL: tl.constexpr
+):
+    """[chunks] of [chunks, rows], all in one go; without CAREFUL nothing is `lost`."""
+    if CAREFUL:
+        if WIDTH > 1:
+            total, squares, row_squares, zeros, lost, peak = tl.reduce(
+                (total, squares, row_squares, zeros, lost, peak), 1, _six
+            )
+        else:
+            total, squares, zeros, lost, peak = tl.reduce((total, squares, zeros, lost, peak), 1, _five)
+            row_squares = squares
+    else:
+        lost = tl.zeros([total.shape[0]], tl.float32)
+        if WIDTH > 1:
+            total, squares, row_squares, zeros, peak = tl.reduce(
+                (total, squares, row_squares, zeros, peak), 1, _five
+            )
+        else:
+            total, squares, zeros, peak = tl.reduce((total, squares, zeros, peak), 1, _four)
+            row_squares = squares
+    return total, squares, row_squares, zeros, peak, lost
 
 
 @triton.jit
@@ -184,7 +215,7 @@ def _take(
             kept = kept & here
         if CAREFUL:
             finite = tl.abs(v) < INFINITY
-            lost += tl.sum(tl.where(kept & ~finite, 1, 0), axis=3)
+            lost += tl.sum(tl.where(kept & ~finite, 1.0, 0.0), axis=3)
             kept = kept & finite
         d = tl.where(kept, d, 0.0)
         zeros += tl.sum(tl.where(kept & (v == 0.0), 1.0, 0.0), axis=3)
@@ -241,6 +272,7 @@ def _walk(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The sums of rows [first, last) of a tile, [CHUNKS] each, as if all values were finite; with CAREFUL of those
     that are, and how many are not."""
@@ -330,7 +362,7 @@ def _walk(
     squares = tl.zeros([CHUNKS, BLOCK_ROWS, lanes], tl.float32)
     zeros = tl.zeros([CHUNKS, BLOCK_ROWS, lanes], tl.float32)
     peak = tl.zeros([CHUNKS, BLOCK_ROWS, lanes], tl.float32)
-    lost = tl.zeros([CHUNKS, BLOCK_ROWS, lanes], tl.int32)
+    lost = tl.zeros([CHUNKS, BLOCK_ROWS, lanes], tl.float32)
     if not CAREFUL:
         count = tl.zeros(loaded[0].shape, tl.int32)
         most = tl.zeros(loaded[0].shape, tl.int32)
@@ -380,7 +412,7 @@ def _walk(
         kept_rows = (begin + row < last)[None, :, None, None]
         for q in tl.static_range(PARTS):
             x = tl.load(base + places[q], mask=asked[q] & (begin + row_place < last), other=0)
-            if WRITE and not CAREFUL:
+            if WRITE:
                 y = _activate(_values(x, words), PTX).to(y_ptr.dtype.element_ty)
                 tl.store(y_base + y_places[q], y, mask=y_asked[q] & (begin + row_place < last))
             in_part, squares, zeros, peak, lost, _, _ = _take(
@@ -397,20 +429,17 @@ def _walk(
             row_squares += in_row * in_row
         base += BLOCK_ROWS * (stride // word)
         y_base += BLOCK_ROWS * y_stride
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     # Rows last, all sums in one go.
     squares = tl.sum(squares, axis=2)
     zeros = tl.sum(zeros, axis=2)
     peak = tl.max(peak, axis=2)
-    if WIDTH > 1:
-        total, row_squares, squares, zeros, peak = tl.reduce(
-            (total, row_squares, squares, zeros, peak), 1, _five
-        )
-    else:
-        total, squares, zeros, peak = tl.reduce((total, squares, zeros, peak), 1, _four)
-        row_squares = squares
-    if CAREFUL:
-        lost = tl.sum(tl.sum(lost, axis=2), axis=1)
-    return total, row_squares, squares, zeros, peak, lost
+    lost = tl.sum(lost, axis=2)
+    total, squares, row_squares, zeros, peak, lost = _over_rows(
+        total, squares, row_squares, zeros, peak, lost, WIDTH, CAREFUL
+    )
+    return total, squares, row_squares, zeros, peak, lost
 
 
 @triton.jit
@@ -440,6 +469,7 @@ def _only_write(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """act(x) of rows [first, last) of a tile."""
     if DENSE:
@@ -468,9 +498,9 @@ def _only_write(
 @triton.jit
 def _sample(
     part_ptr,
-    nonfinite_ptr,
     split,
     ADD: tl.constexpr,
+    SLIM: tl.constexpr,
     x_ptr,
     y_ptr,
     shift_ptr,
@@ -496,40 +526,42 @@ def _sample(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program's share of a launch that measures: rows [first, last) of a tile."""
-    total, row_squares, squares, zeros, peak, _ = _walk(
-        False, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
+    total, squares, row_squares, zeros, peak, lost = _walk(
+        SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
         FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE,
-        WORDS, PTX
+        WORDS, PTX, EARLY
     )
     chunk, valid = _chunks(tile, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, CHUNKS, VECTOR, FLAT)
-    if tl.max(tl.where(valid & ~(squares + row_squares < INFINITY), 1, 0), axis=0) != 0:
-        total, row_squares, squares, zeros, peak, lost = _walk(
-            True, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
-            FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-            WRITE, WORDS, PTX
-        )
-        tl.atomic_add(nonfinite_ptr + chunk, lost.to(tl.int64), mask=valid & (lost != 0), sem="relaxed")
-    # One tile of all sums, since each change of layout costs barriers.
-    found = tl.join(tl.join(total, row_squares), tl.join(squares, zeros))
-    more = tl.join(tl.join(peak, peak), tl.join(peak, peak))
-    found = tl.join(found, more)
-    found = tl.reshape(tl.permute(found, [3, 2, 1, 0]), [8, CHUNKS]).to(part_ptr.dtype.element_ty)
+    if not SLIM:
+        if tl.max(tl.where(valid & ~(squares + row_squares < INFINITY), 1, 0), axis=0) != 0:
+            total, squares, row_squares, zeros, peak, lost = _walk(
+                True, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH,
+                REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
+                UNROLL, UNIT, DENSE, False, WORDS, PTX, EARLY
+            )
+    # One tile of all sums, since each change of layout costs barriers: the fields of `part`, and two more.
+    found = tl.join(tl.join(total, squares), tl.join(row_squares, zeros))
+    more = tl.join(tl.join(peak, lost), tl.join(peak, lost))
+    found = tl.reshape(tl.permute(tl.join(found, more), [3, 2, 1, 0]), [8, CHUNKS])
     field = tl.arange(0, 8)[:, None]
-    added = valid[None, :] & (field < 4) & ((WIDTH > 1) | (field != 1))
-    compared = valid[None, :] & (field == 4)
-    cells = part_ptr + split.to(tl.int64) * (5 * SEEDS) + (field * SEEDS + chunk[None, :])
+    known = valid[None, :] & ((WIDTH > 1) | (field != 2))
+    cells = part_ptr + split.to(tl.int64) * (6 * SEEDS) + (field * SEEDS + chunk[None, :])
     if ADD:
         # Atomics, though no other program adds to these cells: nothing waits for them. Floats that are not negative
         # are in the order of their bits.
+        added = known & ((field < 4) | ((field == 5) & (found != 0.0)))
+        kept = found.to(part_ptr.dtype.element_ty)
         bits: tl.constexpr = tl.int32 if part_ptr.dtype.element_ty == tl.float32 else tl.int64
-        tl.atomic_add(cells, found, mask=added, sem="relaxed")
+        tl.atomic_add(cells, kept, mask=added, sem="relaxed")
         tl.atomic_max(
-            cells.to(tl.pointer_type(bits)), found.to(bits, bitcast=True), mask=compared, sem="relaxed"
+            cells.to(tl.pointer_type(bits)), kept.to(bits, bitcast=True), mask=known & (field == 4),
+            sem="relaxed"
         )
     else:
-        tl.store(cells, found, mask=added | compared)
+        tl.store(cells, found.to(part_ptr.dtype.element_ty), mask=known & (field < 6))
 
 
 @triton.jit
@@ -552,7 +584,6 @@ def _chunks(
 @triton.jit
 def _program(
     part_ptr,
-    nonfinite_ptr,
     split,
     due,
     x_ptr,
@@ -565,6 +596,7 @@ def _program(
     y_stride,
     inner,
     ADD: tl.constexpr,
+    SLIM: tl.constexpr,
     WIDTH: tl.constexpr,
     REGION_SEEDS: tl.constexpr,
     FIRST_SEED: tl.constexpr,
@@ -581,19 +613,20 @@ def _program(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """What the program of a tile and a split does in a launch that is `due`, and in another one."""
     if due:
         _sample(
-            part_ptr, nonfinite_ptr, split, ADD, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride,
-            inner, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS,
-            VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
+            part_ptr, split, ADD, SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner,
+            WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
+            UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
         )
     elif WRITE:
         _only_write(
             x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
             FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-            WRITE, WORDS, PTX
+            WRITE, WORDS, PTX, EARLY
         )
 
 
@@ -604,7 +637,6 @@ def telemetry(
     part_ptr,
     measured_ptr,
     shift_ptr,
-    nonfinite_ptr,
     clock_ptr,
     every,
     rows,
@@ -613,6 +645,7 @@ def telemetry(
     inner,
     span,
     ADD: tl.constexpr,
+    SLIM: tl.constexpr,
     CLOCKED: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -626,14 +659,18 @@ def telemetry(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: tiles x splits of the rows.
 
     rows: of the activation. stride: elements from row to row, in units of UNIT; FEATURES if DENSE. span: rows that a
     program has.
     y: act(x), with WRITE. ADD: to what the cells hold. measured: rows that were measured in all. With CLOCKED every
-    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on.
+    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. EARLY: it is
+    launched before the kernel ahead of it has ended, and waits for that.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     first = split * span
@@ -648,12 +685,12 @@ def telemetry(
     else:
         due = True
     if due & (tile + split == 0):
-        tl.store(measured_ptr, tl.load(measured_ptr) + rows)
+        # The only one to add to it; but to wait for the sum so far would make this the last program to end.
+        tl.atomic_add(measured_ptr, rows.to(tl.int64), sem="relaxed")
     _program(
-        part_ptr, nonfinite_ptr, split, due, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride,
-        inner, ADD,
+        part_ptr, split, due, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, ADD, SLIM,
         4, 1024, 0, 0,
-    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
+    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
     )
 
 
@@ -672,53 +709,47 @@ def merge(
     """Adds the cells of `splits` splits to the state, in float64 and always in one order, and clears them.
 
     sums and counts start at the site's first seed; their rows lie state_stride apart. seen [SEEDS]: rows that were
-    handed on already. Grid: programs of BLOCK chunks.
+    handed on already. Grid: programs of BLOCK chunks. Everything is asked for before anything is waited for.
     """
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = chunk < SEEDS
+    field = tl.arange(0, 8)[:, None]
+    apart = state_stride.to(tl.int64)
+    # The fields but the last in the order of the state's rows, and how many values were not finite.
+    inside = (field < 6) & valid[None, :]
+    cells = part_ptr + (field * SEEDS + chunk[None, :])[None, :, :]
+    split = tl.arange(0, SPLITS)[:, None, None]
+    part = tl.load(
+        cells + split.to(tl.int64) * (6 * SEEDS), mask=inside[None, :, :] & (split < splits), other=0.0
+    )
+    sums = sums_ptr + (field + 1) * apart + chunk[None, :]
+    summed = (field < 5) & valid[None, :]
+    kept = tl.load(sums, mask=summed, other=0.0)
+    lost = counts_ptr + 1 * apart + chunk[None, :] + field * 0
+    counted = (field == 5) & valid[None, :]
+    kept_lost = tl.load(lost, mask=counted, other=0)
+    rows = counts_ptr + 0 * apart + chunk
+    kept_rows = tl.load(rows, mask=valid, other=0)
     seen = tl.load(seen_ptr + chunk, mask=valid, other=0)
-    fresh = tl.where(valid, tl.load(measured_ptr) - seen, 0)
-    if tl.max(fresh, axis=0) != 0:
-        total = tl.zeros([BLOCK], tl.float64)
-        row_squares = tl.zeros([BLOCK], tl.float64)
-        squares = tl.zeros([BLOCK], tl.float64)
-        zeros = tl.zeros([BLOCK], tl.float64)
-        peak = tl.zeros([BLOCK], tl.float64)
-        for begin in range(0, splits, SPLITS):
-            split = begin + tl.arange(0, SPLITS)[:, None]
-            inside = (split < splits) & valid[None, :]
-            cells = part_ptr + split.to(tl.int64) * (5 * SEEDS) + chunk[None, :]
-            total += tl.sum(_taken(cells, inside), axis=0)
-            if FEATURES > SEEDS:
-                row_squares += tl.sum(_taken(cells + SEEDS, inside), axis=0)
-            squares += tl.sum(_taken(cells + 2 * SEEDS, inside), axis=0)
-            zeros += tl.sum(_taken(cells + 3 * SEEDS, inside), axis=0)
-            peak = tl.maximum(peak, tl.max(_taken(cells + 4 * SEEDS, inside), axis=0))
-        # The sum of a row of one feature is that feature.
-        row_squares = tl.where(_width(chunk) == 1, squares, row_squares)
-        state = sums_ptr + chunk
-        apart = state_stride.to(tl.int64)
-        _add_to(state + 1 * apart, total, valid)
-        _add_to(state + 3 * apart, row_squares, valid)
-        _add_to(state + 2 * apart, squares, valid)
-        _add_to(state + 4 * apart, zeros, valid)
-        state += 5 * apart
-        tl.store(state, tl.maximum(tl.load(state, mask=valid, other=0.0), peak), mask=valid)
-        _add_to(counts_ptr + 0 * apart + chunk, fresh, valid)
-        tl.store(seen_ptr + chunk, seen + fresh, mask=valid)
-
-
-@triton.jit
-def _taken(cells, inside):
-    """float64, from cells that are cleared."""
-    part = tl.load(cells, mask=inside, other=0.0)
-    tl.store(cells, tl.zeros_like(part), mask=inside)
-    return part.to(tl.float64)
-
-
-@triton.jit
-def _add_to(place, more, valid):
-    tl.store(place, tl.load(place, mask=valid, other=0) + more, mask=valid)
+    measured = tl.load(measured_ptr)
+    part = part.to(tl.float64)
+    added = tl.sum(tl.where(field == 4, 0.0, part), axis=0)
+    most = tl.max(tl.where(field == 4, part, 0.0), axis=0)
+    for begin in range(SPLITS, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)[:, None, None]
+        place = cells + split.to(tl.int64) * (6 * SEEDS)
+        part = tl.load(place, mask=inside[None, :, :] & (split < splits), other=0.0).to(tl.float64)
+        added += tl.sum(tl.where(field == 4, 0.0, part), axis=0)
+        most = tl.maximum(most, tl.max(tl.where(field == 4, part, 0.0), axis=0))
+    for begin in range(0, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)[:, None, None]
+        place = cells + split.to(tl.int64) * (6 * SEEDS)
+        nothing = tl.zeros([SPLITS, 8, BLOCK], part_ptr.dtype.element_ty)
+        tl.store(place, nothing, mask=inside[None, :, :] & (split < splits))
+    tl.store(sums, tl.where(field == 4, tl.maximum(kept, most), kept + added), mask=summed)
+    tl.store(lost, kept_lost + added.to(tl.int64), mask=counted)
+    tl.store(rows, kept_rows + (measured - seen), mask=valid)
+    tl.store(seen_ptr + chunk, tl.where(valid, measured, 0), mask=valid)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from morphc.kernels.reference.chunks import bounds
 from morphc.kernels.reference.health import NONFINITE, PEAK, ROW_SQUARES, ROWS, SHIFT, SQUARES, SUM, ZEROS
 from morphc.kernels.reference.telemetry import as_rows
 from morphc.kernels.spec import TuneConfig
-from morphc.kernels.telemetry_plan import plan, regions, tiling
+from morphc.kernels.telemetry_plan import ADDS, plan, regions, tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ def expected(
     found = {name: torch.zeros(seeds, dtype=torch.float64) for name in (*ROWS_OF, "rows", "lost", "size")}
     for sample in samples:
         x = sample.cpu().float()
-        after = x if epilogue is None else activation(epilogue)(x)
+        after = activation(epilogue or "identity")(x).to(sample.dtype).float()
         for seed, (start, stop) in enumerate(bounds(x.shape[1], seeds)):
             chunk = x[:, start:stop].double()
             finite = chunk.isfinite()
@@ -251,6 +251,23 @@ class TestSums:
             torch.testing.assert_close(found[0][name][others], found[1][name][others], rtol=1e-6, atol=1e-6)
         assert found[1]["lost"].tolist() == [0, 2, 0, 0, 0, 0]
 
+    @pytest.mark.parametrize(
+        ("shape", "seeds"),
+        [
+            pytest.param((8192, 16), 8, id="rows"),
+            pytest.param((1, 512, 31), 1, id="positions"),
+        ],
+    )
+    def test_of_long_runs_keep_their_digits(self, shape: tuple[int, ...], seeds: int) -> None:
+        """Squares of values with few digits are rounded the same way again and again."""
+        x = (0.5 * torch.randn(shape) - 2).to(torch.bfloat16).to(DEVICE)
+        layout, axis = ("last", -1) if len(shape) == 2 else ("channels_first", 1)
+        config = TuneConfig(8, 16, 1, 1, splits=1)
+        measured = site(shape[1], seeds, torch.bfloat16, layout, config=config)
+        measured.sample(x, axis)
+        measured.merge()
+        check(measured, [as_rows(x, axis)])
+
     def test_that_overflow_are_infinite_and_no_others(self) -> None:
         x = values(8, 16)
         x[2, 5] = 1e30
@@ -363,7 +380,7 @@ class TestCells:
             assert planned.span * planned.splits >= view.rows
             for region in regions(features, seeds):
                 tiled = tiling(spec, region, config, 16)
-                assert planned.span // tiled.block_rows * tiled.parts <= 65535
+                assert planned.span // tiled.block_rows * tiled.parts <= ADDS
 
 
 class TestClock:
@@ -379,9 +396,6 @@ class TestClock:
 
 
 class TestWritten:
-    @pytest.mark.xfail(
-        reason="a few values beside an edge are judged otherwise than torch does here", strict=False
-    )
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("epilogue", kernels.WRITTEN)
     def test_activation_is_as_good_as_torch(self, epilogue: str, dtype: torch.dtype) -> None:
@@ -398,16 +412,15 @@ class TestWritten:
             allowed += (2**-7 if dtype == torch.bfloat16 else 1e-7) * exact.norm()
         assert error <= 1.001 * allowed
 
-    @pytest.mark.xfail(
-        reason="a few values beside an edge are judged otherwise than torch does here", strict=False
-    )
     @pytest.mark.parametrize("epilogue", kernels.WRITTEN)
     def test_activation_of_non_finite_values_is_that_of_torch(self, epilogue: str) -> None:
         x = torch.tensor([[math.inf, -math.inf, math.nan, 0.0, -1e30, 1e30, 80.0, -80.0]], device=DEVICE)
         for dtype in (torch.float32, torch.bfloat16):
             y = torch.empty(1, 8, dtype=dtype, device=DEVICE)
             site(8, 2, dtype, epilogue=epilogue).sample(x.to(dtype), y=y)
-            torch.testing.assert_close(y, activation(epilogue)(x.to(dtype)), equal_nan=True)
+            want = activation(epilogue)(x.to(dtype))
+            want[0, 0] = math.inf  # torch's vectorized gelu knows no erf of infinity on some CPUs
+            torch.testing.assert_close(y, want, equal_nan=True)
 
     def test_by_launches_that_do_not_measure_as_well(self) -> None:
         for features, seeds in ((16, 4), (18, 4)):
@@ -474,38 +487,57 @@ def in_ptx(lines: list[str], x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TestDead:
-    @pytest.mark.xfail(
-        reason="a few values beside an edge are judged otherwise than torch does here", strict=False
-    )
     @pytest.mark.parametrize("near_zero", [0.0, 1e-3, 0.3])
     @pytest.mark.parametrize("epilogue", [None, *kernels.WRITTEN, "mish", "logsigmoid", "elu"])
     def test_values_are_those_of_torch(self, epilogue: str | None, near_zero: float) -> None:
+        """Of all that there are, as they are stored."""
+
         class tl:  # what the expression calls
             abs = torch.abs
 
         for dtype in (torch.bfloat16, torch.float16):
             v = every_value(dtype)
-            want = activation(epilogue or "identity")(v).abs() <= near_zero
+            want = activation(epilogue or "identity")(v).to(dtype).float().abs() <= near_zero
             name = str(dtype).removeprefix("torch.")
             dead = dead_values(epilogue, near_zero, name)
             assert torch.equal(eval(dead_expression(dead), {"v": v, "tl": tl}), want)
             assert torch.equal(in_ptx(dead_ptx(dead, name), v, dtype).bool(), want)
 
-    @pytest.mark.xfail(
-        reason="a few values beside an edge are judged otherwise than torch does here", strict=False
-    )
+    @pytest.mark.parametrize("near_zero", [0.0, 0.01])
     @pytest.mark.parametrize("epilogue", [None, "relu", "gelu", "gelu_tanh", "silu"])
-    def test_values_of_float32_are_those_of_torch(self, epilogue: str | None) -> None:
+    def test_values_of_float32_are_those_of_torch(self, epilogue: str | None, near_zero: float) -> None:
+        """But for a few beside an end, where |act(v)| is off by more than it differs from near_zero."""
+
         class tl:
             abs = torch.abs
 
-        for near_zero in (0.0, 0.01):
-            dead = dead_values(epilogue, near_zero, "float32")
-            ends = torch.tensor([end for interval in dead for end in interval if math.isfinite(end)])
-            around = [torch.nextafter(ends, torch.tensor(side)) for side in (-math.inf, math.inf)]
-            v = torch.cat((3 * torch.randn(1 << 16), ends, *around, torch.tensor([0.0, -0.0, 1e-30])))
-            want = activation(epilogue or "identity")(v).abs() <= near_zero
-            assert torch.equal(eval(dead_expression(dead), {"v": v, "tl": tl}), want)
+        dead = dead_values(epilogue, near_zero, "float32")
+        ends = torch.tensor([end for interval in dead for end in interval if math.isfinite(end)])
+        around = [torch.nextafter(ends, torch.tensor(side)) for side in (-math.inf, math.inf)]
+        v = torch.cat(
+            (ends, *around, torch.tensor([0.0, -0.0, 1e-30, -200.0, 200.0]), 3 * torch.randn(20000))
+        )
+        v = v[: len(v) // 64 * 64]  # whole vectors, since torch takes another function for what is left over
+        want = activation(epilogue or "identity")(v).abs() <= near_zero
+        wrong = eval(dead_expression(dead), {"v": v, "tl": tl}) != want
+        exact = activation(epilogue or "identity")(v.double()).abs()
+        tied = (exact - near_zero).abs() <= 2**-22 * v.abs()
+        beside = ((v[:, None] - ends) / ends.clamp(max=-1e-9)).abs().amin(1) < 0.003
+        assert not (wrong & ~(tied & beside)).any()
+        assert wrong.sum() <= 20
+        if epilogue in (None, "relu"):
+            assert not wrong.any()
+
+    @pytest.mark.parametrize("epilogue", ["silu", "gelu", "mish", "relu_squared"])
+    def test_values_are_rounded_as_they_are_stored(self, epilogue: str) -> None:
+        def dead(value: float, dtype: str) -> bool:
+            return any(low <= value <= high for low, high in dead_values(epilogue, 0.0, dtype))
+
+        small = {"silu": -21.0, "gelu": -(2.0**-24), "mish": -21.0, "relu_squared": 1e-4}[epilogue]
+        stored = activation(epilogue)(torch.tensor(small)).half()
+        assert stored == 0
+        assert dead(small, "float16")
+        assert not dead(small, "bfloat16")
 
     def test_counts_of_two_in_a_register_come_apart(self) -> None:
         """The identity behind `_count_two`: masks are subtracted as one number, borrows and all."""

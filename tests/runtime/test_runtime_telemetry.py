@@ -114,6 +114,20 @@ def test_dead_is_counted_behind_the_epilogue():
         torch.testing.assert_close(seeds_of(host).telemetry()["dead_fraction"], want, rtol=0, atol=2 / 160)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dead_is_what_is_stored_as_zero(dtype):
+    """silu(-21) is too small for float16, and not for bfloat16; values that are not finite change nothing."""
+    for spoilt in (0.0, torch.nan):
+        host, store = on_layer(nn.Identity(), 8, 2)
+        store.sites["0"].epilogue = "silu"
+        x = torch.full((10, 8), -21.0, dtype=dtype)
+        x[:, 4:] = 1.0
+        x[:, 7] = spoilt
+        host(x)
+        want = [float((nn.functional.silu(x[:, :4]) == 0).all()), 0.0 if spoilt else 0.25]
+        assert seeds_of(host).telemetry()["dead_fraction"].tolist() == want
+
+
 def test_near_zero_sets_another_threshold():
     host, _ = on_layer(nn.Identity(), 8, 2, near_zero=0.5)
     x = torch.randn(40, 8)
