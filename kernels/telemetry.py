@@ -237,7 +237,7 @@ def merge_job(
     signature = pointers | {"sums_ptr": "*fp64", "counts_ptr": "*i64", "state_stride": "i32", "splits": "i32"}
     splits = min(splits, MERGE_TILE // (8 * block))
     constants = {"BLOCK": block, "SPLITS": splits}
-    options = {"num_warps": 8 if splits * 8 * block > MERGE_TILE // 2 else 4}
+    options = {"num_warps": 8 if splits * 8 * block >= MERGE_TILE // 2 else 4}
     return Job(source(spec, near_zero), "merge", signature, constants, [*pointers], options, target)
 
 

@@ -671,14 +671,13 @@ def merge(
     seen = tl.load(seen_ptr + chunk, mask=valid, other=0)
     measured = tl.load(measured_ptr)
     part = part.to(tl.float64)
-    added = tl.sum(tl.where(field == 4, 0.0, part), axis=0)
-    most = tl.max(tl.where(field == 4, part, 0.0), axis=0)
     for begin in range(SPLITS, splits, SPLITS):
         split = begin + tl.arange(0, SPLITS)[:, None, None]
         place = cells + split.to(tl.int64) * (6 * SEEDS)
-        part = tl.load(place, mask=inside[None, :, :] & (split < splits), other=0.0).to(tl.float64)
-        added += tl.sum(tl.where(field == 4, 0.0, part), axis=0)
-        most = tl.maximum(most, tl.max(tl.where(field == 4, part, 0.0), axis=0))
+        more = tl.load(place, mask=inside[None, :, :] & (split < splits), other=0.0).to(tl.float64)
+        part = tl.where(field == 4, tl.maximum(part, more), part + more)
+    added = tl.sum(part, axis=0)
+    most = tl.max(part, axis=0)
     for begin in range(0, splits, SPLITS):
         split = begin + tl.arange(0, SPLITS)[:, None, None]
         place = cells + split.to(tl.int64) * (6 * SEEDS)

@@ -578,7 +578,7 @@ class TestCompiled:
         ):
             spec = kernels.spec_of(features, seeds, dtype, layout, epilogue)
             jobs.append(kernels.job(spec, kernels.choose(spec, rows), variant, target=target))
-        jobs += [kernels.merge_job(spec), kernels.merge_job(spec, 32, True), kernels.shift_job(spec)]
+        jobs += [kernels.merge_job(spec), kernels.merge_job(spec, 32, exact=True), kernels.shift_job(spec)]
         for job, result in zip(jobs, compile_all(jobs), strict=True):
             assert isinstance(result, Resources), (job.source.name, job.target, result.problem)
             assert not result.problem, (job.source.name, job.target, result.problem)
