@@ -30,6 +30,7 @@ import torch
 import workers
 from parity_check import Check
 from parity_spec import Spec, draw
+from parity_tap import TapCheck
 from timing import device_alive, first_line, machine, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -44,8 +45,8 @@ def check(job: tuple[int, int, str], emit: workers.Emit) -> None:
     spec = draw(number, seed, tiny=device == "cpu")
     torch.set_float32_matmul_precision("highest")
     start = time.monotonic()
-    done = Check(spec, torch.device(device))
-    for phase in (done.telemetry, lambda: done.step(done.backward(done.forward())), done.train):
+    done = (TapCheck if spec.tap else Check)(spec, torch.device(device))
+    for phase in done.phases():
         try:
             phase()
         except Exception as error:

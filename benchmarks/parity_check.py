@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 from parity_reference import Errors, Group, adamw, gathered, groups, reconstruction, site, telemetry
 from parity_spec import Spec
 from sites import bank
@@ -110,6 +111,9 @@ class Check:
             blend=spec.blend,
             walk=self.view.walk,
             draw=spec.number,
+            tap=spec.tap,
+            activation=spec.activation,
+            gated=spec.gated,
         )
         self.known = self.bank.known
         lister = active.ActiveList(self.device)
@@ -135,8 +139,6 @@ class Check:
 
     def kernel_spec(self, kind: str) -> KernelSpec:
         """Of one of the bank's kernels."""
-        from msgspec.structs import replace
-
         return replace(self.bank.spec, kind=kind)
 
     def expect(self, holds: bool, problem: str) -> None:
@@ -147,6 +149,10 @@ class Check:
     def groups(self) -> list[Group]:
         """The listed seeds in groups that fit in memory; their chunks are made anew each time."""
         return groups(self.x.rows, self.spec.seeds, self.spec.rank, self.known)
+
+    def phases(self) -> tuple[Callable[[], object], ...]:
+        """What there is to check, one independent of the other."""
+        return self.telemetry, lambda: self.step(self.backward(self.forward())), self.train
 
     def columns(self, which: Tensor) -> Tensor:
         """Features of the listed seeds where `which` [A] is true."""

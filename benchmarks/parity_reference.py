@@ -98,11 +98,11 @@ class Errors:
         self.found.setdefault(name, Error()).add(value, reference, spoilt)
 
 
-def groups(rows: Tensor, seeds: int, rank: int, active: Active) -> Iterator[Group]:
-    """rows: [rows, F], the activation as it was."""
+def groups(rows: Tensor, seeds: int, rank: int, active: Active, tap: int = 0) -> Iterator[Group]:
+    """rows: [rows, F], the activation as it was. tap: features of what is read beside it."""
     count, features = rows.shape
     chunk = -(-features // seeds)
-    together = max(1, GROUP_VALUES // max(1, count * max(chunk, rank)))
+    together = max(1, GROUP_VALUES // max(1, count * max(chunk, rank), tap * rank))
     column = torch.arange(chunk, device=rows.device)
     for first in range(0, len(active.seed), together):
         part = slice(first, first + together)
@@ -119,11 +119,12 @@ def gathered(rows: Tensor, columns: Tensor, inside: Tensor) -> Tensor:
 
 
 class Result(NamedTuple):
-    """y, dx: [G, rows, C]; grads: of each parameter [G, ...], zero for seeds that do not train."""
+    """y, dx: [G, rows, C]; grads: of each parameter [G, ...], zero for seeds that do not train; d_tap [rows, T]."""
 
     y: Tensor
     dx: Tensor
     grads: dict[str, Tensor]
+    d_tap: Tensor | None = None
 
 
 def site(
@@ -134,16 +135,18 @@ def site(
     blend_name: str,
     geometry: Geometry,
     dy: Tensor | None = None,
+    tap: Tensor | None = None,
 ) -> Result:
-    """params: [K, ...] of the bank. dy: [G, rows, C], zero in the padding; None for the forward alone."""
-    part = group.part
+    """params: [K, ...] of the bank. dy: [G, rows, C], zero in the padding; None for the forward alone. tap: [rows, T]
+    float64, None where the blueprint reads its chunk.
+    """
+    part, graded = group.part, dy is not None
     slots = active.slot[part]
-    wide = {
-        name: value[slots].to(torch.float64).requires_grad_(dy is not None) for name, value in params.items()
-    }
-    x = group.x.clone().requires_grad_(dy is not None)
+    wide = {name: value[slots].to(torch.float64).requires_grad_(graded) for name, value in params.items()}
+    x = group.x.clone().requires_grad_(graded)
+    read = x if tap is None else tap.clone().requires_grad_(graded)
     blends = active.blends[part].view(-1, 1, 1)
-    s = get(blueprint).apply(x, wide, geometry)
+    s = get(blueprint).apply(read, wide, geometry)
     # Selected before as well: a zero gradient times an Inf would come back as NaN.
     live = torch.where(blends, x, 0), torch.where(blends, s, 0)
     y = torch.where(blends, blend(blend_name, *live, active.alpha[part], wide), x)
@@ -152,14 +155,20 @@ def site(
     # Through s alone for the isolated ones, whose input is detached.
     heard = torch.where(group.inside.unsqueeze(1), torch.where(blends, y, s), 0)
     named = list(wide.items())
-    grads = torch.autograd.grad(heard, [x, *(p for _, p in named)], dy, allow_unused=True)
+    grads = torch.autograd.grad(
+        heard, [x, *(p for _, p in named)], dy, allow_unused=True, retain_graph=tap is not None
+    )
+    d_tap = None
+    if tap is not None:
+        only = torch.where(group.inside.unsqueeze(1) & blends, y, 0)
+        (d_tap,) = torch.autograd.grad(only, [read], dy, allow_unused=True)
     trains = active.trains[part]
     found = {}
     for (name, param), grad in zip(named, grads[1:], strict=True):
         grad = torch.zeros_like(param) if grad is None else grad
         found[name] = torch.where(trains.view(-1, *(1,) * (grad.dim() - 1)), grad, 0)
-    assert grads[0] is not None
-    return Result(y.detach(), torch.where(blends, grads[0], dy), found)
+    dx = torch.zeros_like(x) if grads[0] is None else grads[0]
+    return Result(y.detach(), torch.where(blends, dx, dy), found, d_tap)
 
 
 def reconstruction(

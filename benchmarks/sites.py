@@ -63,11 +63,14 @@ def bank(
     all_train: bool = False,
     alpha: float | None = None,
     draw: int = 0,
+    tap: int = 0,
+    activation: str = "gelu",
+    gated: bool = False,
 ) -> Bank:
     """`blending` and `isolated` seeds at random places, their slots in random order; further slots are free.
 
     all_train: every blending seed trains, instead of those in two of the five states that blend. alpha: of all
-    that blend; None for values between 0.05 and 1.
+    that blend; None for values between 0.05 and 1. tap: features of what the blueprint reads; 0: its own chunk.
     """
     g = torch.Generator().manual_seed(draw)
     chunk = -(-features // seeds)
@@ -87,7 +90,9 @@ def bank(
     blends = torch.arange(held) < blending
     trains = torch.isin(lifecycle[seed], torch.tensor([int(state) for state in TRAINED], dtype=torch.int32))
     known = Active(seed, slot, strengths[seed].double(), blends, ~blends, trains)
-    geometry = Geometry(features, chunk, rank, tap_features=features)
+    geometry = Geometry(
+        features, chunk, rank, tap_features=tap or features, activation=activation, gated=gated
+    )
     shapes = get(blueprint).shapes(geometry) | blend_shapes(blend, chunk)
     params = {
         name: (torch.randn(slots, *shape, generator=g) * _size(name, geometry)).to(device)
@@ -99,7 +104,7 @@ def bank(
         seeds=seeds,
         chunk=chunk,
         slots=slots,
-        rank=rank if blueprint == "bottleneck" else 0,
+        rank=rank,
         blueprint=blueprint,
         blend=blend,
         epilogue=None,
@@ -124,7 +129,11 @@ def _some(states: tuple[Lifecycle, ...], count: int, generator: torch.Generator)
 
 def _size(name: str, geometry: Geometry) -> float:
     """Standard deviation that keeps every value about 1."""
-    if name in ("in_weight", "gate_weight"):
+    if name in ("in_weight", "gate_in_weight"):
+        return (
+            geometry.chunk if geometry.tap_features == geometry.features else geometry.tap_features
+        ) ** -0.5
+    if name == "gate_weight":
         return geometry.chunk**-0.5
     if name == "out_weight":
         return geometry.rank**-0.5

@@ -25,13 +25,18 @@ import torch
 from torch import Tensor
 
 from morphc.kernels import codegen, launch
+from morphc.kernels.active import Precision, target_of
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
+from morphc.kernels.gradient import precision_of
 from morphc.kernels.spec import KernelSpec
 from morphc.kernels.templating import cdiv
 
 PACKED_ROW: Final = 64
 """A packed row is filled up to a multiple of so many features."""
+
+PACKED_FROM: Final = 256
+"""Above so many rows weights are packed by rule: more than two tiles of rows then read them."""
 
 PACK_BLOCK: Final = 128
 PACK_WARPS: Final = 4
@@ -59,19 +64,19 @@ class TapPlan(msgspec.Struct, frozen=True):
     weight_gradient: Tiles = Tiles()
 
 
-def plan(spec: KernelSpec, rows: int, parts: int = 1) -> TapPlan:
+def plan(spec: KernelSpec, rows: int, parts: int = 1, target: str = "cuda:90") -> TapPlan:
     """A plan by rule: few rows take tiles as low as they are, and read the weights where they lie."""
-    depth = 64 if spec.dtype != "float32" else 32
+    wide = spec.dtype == "float32"
+    depth = 32 if wide or target.startswith("hip") else 64
+    stages = 2 if target.startswith("hip") else 3
     low = min(128, max(16, 1 << (max(rows, 1) - 1).bit_length()))
-    columns = 128 if parts == 1 and low > 16 else 64
-    square = Tiles(low, columns, depth, warps=8 if low * columns > 64 * 64 else 4, programs=2)
-    narrow = low == 16 or (parts == 2 and spec.dtype == "float32")
-    back = Tiles(low, 64 if narrow else 128, depth, warps=8 if low > 32 else 4)
+    forward = 128 if parts == 1 and low > 16 and not wide else 64
+    into = 64 if low == 16 or (parts == 2 and wide) else 128
     return TapPlan(
-        packed=rows > 256,
-        project=square,
-        tap_gradient=back,
-        weight_gradient=Tiles(128, 64, min(depth, low), warps=8, programs=2),
+        packed=rows > PACKED_FROM,
+        project=Tiles(low, forward, depth, 8 if low * forward > 64 * 64 else 4, stages, programs=2),
+        tap_gradient=Tiles(low, into, depth, 8 if low > 32 else 4, stages),
+        weight_gradient=Tiles(128, 64, min(depth, low), 8, stages, programs=2),
     )
 
 
@@ -105,15 +110,17 @@ def jobs(
     parts: int = 1,
     biased: bool = False,
     plan: TapPlan | None = None,
-    precision: str = "tf32x3",
-    interpreted: bool = False,
+    precision: Precision = "tf32x3",
+    target: str = "cuda:90",
 ) -> dict[str, Job]:
     """Every kernel of one spec, by name, with rows and strides that are divisible by 16 as far as that helps.
 
     tap: features of what is read. parts: in-projections, 2 for a gated block. precision: of float32 products:
-    `tf32x3`, `tf32` or `ieee`.
+    `tf32x3`, `tf32` or `ieee`. target: `cuda:90`, `hip:gfx942`, or `cpu` for the interpreter.
     """
     plan = plan or TapPlan()
+    interpreted = target == "cpu"
+    dots = precision_of(spec, precision, target)
     source = tap_source(spec, tap, parts, biased, plan.packed, interpreted)
     x = f"*{launch.triton_type(getattr(torch, spec.dtype))}"
     weights = dict.fromkeys(_WEIGHTS[:parts], "*fp32")
@@ -121,10 +128,11 @@ def jobs(
     gradients = dict.fromkeys(_GRADIENTS[:parts], "*fp32")
     read = {"packed_ptr": "*fp32" if interpreted else x} if plan.packed else weights
 
-    def job(name: str, signature: dict[str, str], tiles: dict[str, Any], options: Tiles | None) -> Job:
+    def job(name: str, signature: dict[str, str], constants: dict[str, Any], tiles: Tiles | None) -> Job:
         aligned = tuple(key for key in signature if key.endswith(("_ptr", "stride", "plane")))
-        warps, stages = (options.warps, options.stages) if options else (PACK_WARPS, 3)
-        return Job(source, name, signature, tiles, aligned, {"num_warps": warps, "num_stages": stages})
+        warps, stages = (tiles.warps, tiles.stages) if tiles else (PACK_WARPS, 3)
+        options = {"num_warps": warps, "num_stages": stages}
+        return Job(source, name, signature, constants, aligned, options, target)
 
     forward, into, back = plan.project, plan.tap_gradient, plan.weight_gradient
     shape = {"BLOCK_TAP": back.rows, "BLOCK_COLS": back.columns, "BLOCK_ROWS": back.depth}
@@ -134,7 +142,7 @@ def jobs(
             {"tap_ptr": x} | _LIST | read | biases | {"z_ptr": x}
             | {"rows": "i32", "tap_stride": "i32", "plane": "i64", "count": "i32"},
             {"BLOCK_ROWS": forward.rows, "BLOCK_COLS": forward.columns, "BLOCK_TAP": forward.depth}
-            | {"GROUP": forward.group, "PRECISION": precision},
+            | {"GROUP": forward.group, "PRECISION": dots},
             forward,
         ),
         "tap_gradient": job(
@@ -142,14 +150,14 @@ def jobs(
             {"dz_ptr": x} | _LIST | read | {"gradient_ptr": x}
             | {"rows": "i32", "stride": "i32", "plane": "i64"},
             {"BLOCK_ROWS": into.rows, "BLOCK_COLS": into.columns, "BLOCK_UNITS": into.depth}
-            | {"GROUP": into.group, "PRECISION": precision},
+            | {"GROUP": into.group, "PRECISION": dots},
             into,
         ),
         "weight_gradient": job(
             "weight_gradient",
             {"tap_ptr": x, "dz_ptr": x} | _LIST | gradients | {"partial_ptr": "*fp32"}
             | {"rows": "i32", "tap_stride": "i32", "plane": "i64"},
-            shape | {"PRECISION": precision},
+            shape | {"PRECISION": dots},
             back,
         ),
         "settle": job(
@@ -181,7 +189,7 @@ class TapKernels:
         parts: int = 1,
         biased: bool = False,
         plan: TapPlan | None = None,
-        precision: str = "tf32x3",
+        precision: Precision = "tf32x3",
     ) -> None:
         self.spec = spec
         self.tap = tap
@@ -195,7 +203,7 @@ class TapKernels:
             biased=biased,
             plan=self.plan,
             precision=precision,
-            interpreted=device.type == "cpu",
+            target=target_of(device),
         )
         self._processors = launch.multiprocessors(device)
         self._ready: dict[tuple[str, bool], launch.Prepared] = {}

@@ -26,9 +26,11 @@ from torch import Tensor
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import active as chunks
 from morphc.kernels import codegen, launch, tap
+from morphc.kernels.active import Precision
 from morphc.kernels.blueprints.base import Geometry
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
+from morphc.kernels.gradient import options_of, precision_of
 from morphc.kernels.layout import View
 from morphc.kernels.reference.activations import ACTIVATIONS
 from morphc.kernels.reference.blends import blend_shapes
@@ -140,8 +142,8 @@ def join_job(
     stash: bool = False,
     even: bool = False,
     aligned: bool = True,
-    precision: str = "tf32x3",
-    interpreted: bool = False,
+    precision: Precision = "tf32x3",
+    target: str = "cuda:90",
 ) -> Job:
     """The forward from z on. Arguments as for `morphc.kernels.active.forward_job`."""
     item = _pointer(spec)
@@ -152,8 +154,8 @@ def join_job(
         "GROUP": config.group,
         "STAGES": config.num_stages,
         "STASH": int(stash),
-        "MATH": "exact" if interpreted or spec.dtype == "float32" else "plain",
-        "PRECISION": precision,
+        "MATH": "exact" if target == "cpu" or spec.dtype == "float32" else "plain",
+        "PRECISION": precision_of(spec, precision, target),
         "EVEN": int(even),
         "EARLY": 0,
     }
@@ -163,7 +165,8 @@ def join_job(
         pointers | {"rows": "i32", "stride": "i32", "inner": "i32"},
         constants,
         [*pointers, "stride"] if aligned else [],
-        _options(config),
+        options_of(config, target),
+        target,
     )
 
 
@@ -172,11 +175,11 @@ def backward_jobs(
     shape: TapShape,
     config: TuneConfig,
     *,
-    precision: str = "tf32x3",
-    interpreted: bool = False,
+    precision: Precision = "tf32x3",
+    target: str = "cuda:90",
 ) -> tuple[Job, Job]:
     """The backward down to z, and its reduction."""
-    source = backward_source(spec, shape, interpreted)
+    source = backward_source(spec, shape, target == "cpu")
     item = _pointer(spec)
     names = ["dy"]
     if spec.blend != "residual":
@@ -195,9 +198,10 @@ def backward_jobs(
         source,
         "tap_backward",
         pointers | numbers,
-        tile | {"PRECISION": precision},
+        tile | {"PRECISION": precision_of(spec, precision, target)},
         [*pointers, *strides],
-        _options(config),
+        options_of(config, target),
+        target,
     )
     gradients = {f"{name}_ptr": "*fp32" for name, _, _ in sections(spec, shape)}
     reduce = Job(
@@ -207,17 +211,13 @@ def backward_jobs(
         | {"rows": "i32", "programs": "i32"},
         tile | {"FLOATS": min(REDUCED, next_pow2(sum(size for _, size, _ in sections(spec, shape))))},
         options={"num_warps": 2},
+        target=target,
     )  # fmt: skip
     return walk, reduce
 
 
 def _pointer(spec: KernelSpec) -> str:
     return f"*{launch.triton_type(getattr(torch, spec.dtype))}"
-
-
-def _options(config: TuneConfig) -> dict[str, int]:
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return options if config.maxnreg is None else options | {"maxnreg": config.maxnreg}
 
 
 def config_of(spec: KernelSpec) -> TuneConfig:
@@ -228,12 +228,12 @@ def config_of(spec: KernelSpec) -> TuneConfig:
     return TuneConfig(rows, 0, num_warps=4 if wide <= 64 else 8, num_stages=2, group=group, programs=4)
 
 
-def backward_config_of(spec: KernelSpec, shape: TapShape) -> TuneConfig:
+def backward_config_of(spec: KernelSpec, shape: TapShape, target: str = "cuda:90") -> TuneConfig:
     """The backward's config by rule: low tiles, as it holds several of them, and sums besides. Chunks under 16 share
     a tile where that leaves registers enough."""
     wide = next_pow2(spec.chunk) + next_pow2(spec.rank)
     linear, narrow = spec.blend in LINEAR_BLENDS, spec.dtype != "float32"
-    if linear and (narrow or shape.parts == 1):
+    if linear and (narrow or shape.parts == 1) and not target.startswith("hip"):
         units = 64 if narrow else 32
         group = max(1, min(16 // next_pow2(spec.chunk), units // next_pow2(spec.rank)))
         rows = 32 if narrow and group * wide <= 128 else 16
@@ -257,15 +257,15 @@ class TapSeeds:
         plan: TapPlan | None = None,
         config: TuneConfig | None = None,
         back: TuneConfig | None = None,
-        precision: str = "tf32x3",
+        precision: Precision = "tf32x3",
     ) -> None:
         self.spec = spec
         self.shape = shape = shape_of(spec, geometry)
         self.device = device
         self.config = config or config_of(spec)
-        self.back = back or backward_config_of(spec, shape)
+        self.back = back or backward_config_of(spec, shape, self.target)
         self.precision = precision
-        self.interpreted = device.type == "cpu"
+        self.target = chunks.target_of(device)
         self.products = TapKernels(
             msgspec.structs.replace(spec, kind="tap"),
             shape.tap,
@@ -280,7 +280,7 @@ class TapSeeds:
         self._blend = tuple(blend_shapes(spec.blend, spec.chunk))
         self._processors = launch.multiprocessors(device)
         self._walk, self._reduce = backward_jobs(
-            spec, shape, self.back, precision=precision, interpreted=self.interpreted
+            spec, shape, self.back, precision=precision, target=self.target
         )
         self._ready: dict[tuple[object, ...], launch.Prepared] = {}
 
@@ -324,7 +324,7 @@ class TapSeeds:
                 even=even,
                 aligned=aligned,
                 precision=self.precision,
-                interpreted=self.interpreted,
+                target=self.target,
             )
             self._ready[key] = tap.prepared(job, aligned, self.device)
         groups = cdiv(self.spec.slots, self.config.group)
