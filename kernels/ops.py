@@ -1,9 +1,10 @@
 """The registered ops: a small fixed set, whatever the number of kernels.
 
 `morphc::active_list`, `morphc::site_forward` and `morphc::site_backward` are what a traced graph holds in place of a
-site's kernels. Which kernels they run is an argument, the text of a `SiteSpec`: two graphs that differ in a kernel
-differ in that text, so whoever keeps compiled graphs by what is in them keeps the right ones. Eager code doesn't come
-through here: it calls the same kernels with less in between (`morphc.runtime.engine`).
+site's kernels; where a blueprint reads an input, `tap_forward` and `tap_backward` (`morphc.kernels.tap_ops`). Which
+kernels they run is an argument, the text of a `SiteSpec`: two graphs that differ in a kernel differ in that text, so
+whoever keeps compiled graphs by what is in them keeps the right ones. Eager code doesn't come through here: it calls
+the same kernels with less in between (`morphc.runtime.engine`).
 
 No op writes to what it is given, and none returns it. Under autocast they take values as they come: a site's value
 has the type that its layer gave it, and the banks are float32 always.
@@ -19,12 +20,10 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active as forward
-from morphc.kernels import gradient
-from morphc.kernels.blueprints.base import Geometry
+from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.reference.active_list import length
-from morphc.kernels.site import BankKernels, Like, bank_kernels, spec_of
+from morphc.kernels.site import BankKernels, Like, TapBankKernels, bank_kernels, refusal, spec_of
 from morphc.kernels.spec import KernelSpec
 
 
@@ -49,20 +48,26 @@ class SiteSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the ops take."""
         return msgspec.json.encode(self, order="sorted").decode()
 
-    def supported(self) -> bool:
-        """Whether there are kernels for it, for activations of any of the kernels' types and walks."""
-        spec = _spec(self.text(), torch.float32, "last")
-        return not (forward.refuses(spec) or gradient.refuses(spec))
+    def refusal(self) -> str:
+        """Why there are no kernels for it, whatever the activations' type and walk; an empty string if there are."""
+        reason = refusal(spec_in(self.text(), torch.float32, "last"), self.geometry)
+        if not reason and self.axis != -1 and get(self.blueprint).tap != "chunk":
+            return (
+                f"blueprint {self.blueprint!r} reads rows of features, and these lie along axis {self.axis}"
+            )
+        return reason
 
 
 @lru_cache(maxsize=4096)
-def _site(text: str) -> SiteSpec:
+def site_in(text: str) -> SiteSpec:
+    """What `SiteSpec.text` gave."""
     return msgspec.json.decode(text, type=SiteSpec)
 
 
 @lru_cache(maxsize=4096)
-def _spec(text: str, dtype: torch.dtype, walk: Any) -> KernelSpec:
-    site = _site(text)
+def spec_in(text: str, dtype: torch.dtype, walk: Any) -> KernelSpec:
+    """The spec of its kernels for such activations."""
+    site = site_in(text)
     return spec_of(
         site.blueprint,
         site.geometry,
@@ -75,11 +80,18 @@ def _spec(text: str, dtype: torch.dtype, walk: Any) -> KernelSpec:
     )
 
 
-def _kernels(text: str, like: Tensor, walk: Any) -> BankKernels:
-    spec = _spec(text, like.dtype, walk)
-    found = bank_kernels(spec, like.device)
+def kernels_of(text: str, like: Tensor, walk: Any) -> BankKernels | TapBankKernels:
+    """The kernels for activations like `like`. Raises UnsupportedKernelError."""
+    spec, geometry = spec_in(text, like.dtype, walk), site_in(text).geometry
+    found = bank_kernels(spec, geometry, like.device)
     if found is None:
-        raise UnsupportedKernelError(f"there are no kernels for {spec.name} on {like.device}")
+        raise UnsupportedKernelError(f"{spec.name} on {like.device}: {refusal(spec, geometry)}")
+    return found
+
+
+def _kernels(text: str, like: Tensor, walk: Any) -> BankKernels:
+    found = kernels_of(text, like, walk)
+    assert isinstance(found, BankKernels)
     return found
 
 
@@ -104,8 +116,8 @@ for _schema in (
 
 
 def _active_list(owner: Tensor, lifecycle: Tensor, alpha: Tensor, spec: str) -> Tensor:
-    site = _site(spec)
-    kernels = _kernels(spec, alpha, "last")
+    site = site_in(spec)
+    kernels = kernels_of(spec, alpha, "last")
     listed = kernels.new_list()
     kernels.make_list(
         owner, lifecycle.contiguous(), alpha.contiguous(), listed, site.blends, site.isolated, site.trains
@@ -114,7 +126,7 @@ def _active_list(owner: Tensor, lifecycle: Tensor, alpha: Tensor, spec: str) -> 
 
 
 def _active_list_fake(owner: Tensor, lifecycle: Tensor, alpha: Tensor, spec: str) -> Tensor:
-    return owner.new_empty(length(_site(spec).slots), dtype=torch.int32)
+    return owner.new_empty(length(site_in(spec).slots), dtype=torch.int32)
 
 
 def _site_forward(
@@ -123,7 +135,7 @@ def _site_forward(
     out = y.clone(memory_format=torch.preserve_format)
     if not y.numel():
         return out, y.new_empty(0)
-    axis = _site(spec).axis
+    axis = site_in(spec).axis
     view = view_of(out, axis)
     if view is None:  # a transposed value, say: worked on in a plain copy, whose result comes back as it lay
         plain, saved = _site_forward(out.contiguous(), active, params, spec, save, isolated_only)
@@ -139,7 +151,7 @@ def _site_forward(
 def _site_forward_fake(
     y: Tensor, active: Tensor, params: list[Tensor], spec: str, save: bool, isolated_only: bool
 ) -> tuple[Tensor, Tensor]:
-    site = _site(spec)
+    site = site_in(spec)
     saved = y.numel() // site.features * site.slots * site.geometry.chunk if save else 0
     return torch.empty_like(y, memory_format=torch.preserve_format), y.new_empty(saved)
 
@@ -154,7 +166,7 @@ def _site_backward(
     shape: list[int],
     strides: list[int],
 ) -> list[Tensor]:
-    site = _site(spec)
+    site = site_in(spec)
     if not grad.numel():
         return [grad.clone(), *(torch.zeros_like(param) for param in params)]
     laid = torch.empty_strided(shape, strides, dtype=grad.dtype, device="meta")

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from morphc.kernels import active, gradient, training, tuning
-from morphc.kernels.blueprints.base import Geometry
+from morphc.kernels import active, gradient, tap_join, tap_step, training, tuning
+from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.layout import View, Walk, view_of
 from morphc.kernels.reference.active_list import length
 from morphc.kernels.spec import KernelSpec
+from morphc.kernels.tap import plan
+from morphc.kernels.tap_join import TapSeeds
 
 
-class BankKernels:
-    """Kernels of one bank for activations of one dtype and walk on one device.
+class Stepper(Protocol):
+    """Steps the slots of a bank by AdamW."""
 
-    They are compiled when first launched. Safe to share between sites: equal layers share them.
-    """
+    def step(
+        self, active: Tensor, bank: training.Bank, gradients: Sequence[Tensor], rates: training.Rates
+    ) -> None:
+        """One step of the slots that train; gradients: of the bank's parameters, in their order."""
+
+
+class ListedBank:
+    """What all banks have: the list of active seeds, and the step of the slots that train."""
 
     def __init__(self, spec: KernelSpec, device: torch.device) -> None:
         self.spec = spec
         self.device = device
         self.list_shape = (length(spec.slots),)
         self._list = active.ActiveList(device)
-        self._forward: dict[int, active.Forward] = {}
-        self._backward: dict[int, gradient.Backward] = {}
-        self._trainer: training.Trainer | None = None
+        self._stepper: Stepper | None = None
 
     def new_list(self) -> Tensor:
         """A list of active seeds with nothing on it."""
@@ -48,6 +54,30 @@ class BankKernels:
     ) -> None:
         """Write the list into `listed`. owner: [K]; lifecycle, alpha: [S], the site's rows; then sets of states."""
         self._list(owner, lifecycle, alpha, listed, blends, isolated, trains)
+
+    def step(
+        self, listed: Tensor, bank: training.Bank, gradients: Sequence[Tensor], rates: training.Rates
+    ) -> None:
+        """One AdamW step of the slots that train."""
+        if self._stepper is None:
+            self._stepper = self.new_stepper()
+        self._stepper.step(listed, bank, gradients, rates)
+
+    def new_stepper(self) -> Stepper:
+        """What steps this kind of bank."""
+        raise NotImplementedError
+
+
+class BankKernels(ListedBank):
+    """Kernels of one bank whose blueprint reads its chunk, for activations of one dtype and walk on one device.
+
+    They are compiled when first launched. Safe to share between sites: equal layers share them.
+    """
+
+    def __init__(self, spec: KernelSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self._forward: dict[int, active.Forward] = {}
+        self._backward: dict[int, gradient.Backward] = {}
 
     def new_stash(self, view: View) -> Tensor:
         """Room for the chunks that the forward overwrites, of every slot there is."""
@@ -100,13 +130,99 @@ class BankKernels:
             kernel(dy, dy_view, dx, dx_view, listed, params, stash, flat, copied=copied)
         return dx, list(gradient.sections(self.spec, flat).values())
 
-    def step(
-        self, listed: Tensor, bank: training.Bank, gradients: Sequence[Tensor], rates: training.Rates
+    def new_stepper(self) -> Stepper:
+        """See ListedBank."""
+        return training.Trainer(replace(self.spec, kind="train"), None, self.device)
+
+
+class TapBankKernels(ListedBank):
+    """The same where the blueprint reads the layer's or the block's input, the tap: [rows, T] in y's dtype."""
+
+    def __init__(self, spec: KernelSpec, geometry: Geometry, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self.geometry = geometry
+        self.shape = tap_join.shape_of(spec, geometry)
+        self.names = tap_join.names_of(spec, geometry)
+        self._seeds: dict[int, TapSeeds] = {}
+
+    def new_stepper(self) -> Stepper:
+        """See ListedBank."""
+        return tap_step.TapStepper(self.spec, self.geometry, self.device)
+
+    def seeds(self, rows: int) -> TapSeeds:
+        """The kernels for about so many rows."""
+        bucket = tuning.bucket(rows)
+        found = self._seeds.get(bucket)
+        if found is None:
+            target = active.target_of(self.device)
+            spec = replace(self.spec, kind="join")
+            found = self._seeds[bucket] = TapSeeds(
+                spec,
+                self.geometry,
+                self.device,
+                plan=plan(spec, bucket, self.shape.parts, target),
+                precision=_precision(),
+            )
+        return found
+
+    def z_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of what the in-projections give."""
+        return self.shape.parts, self.spec.slots, rows, self.spec.rank
+
+    def stash_shape(self, rows: int) -> tuple[int, int, int]:
+        """Of the chunks that the forward saves; nothing where the backward needs none."""
+        saved = self.spec.blend not in tap_join.LINEAR_BLENDS
+        return (self.spec.slots, rows, self.spec.chunk) if saved else (0, rows, self.spec.chunk)
+
+    def forward(
+        self,
+        y: Tensor,
+        view: View,
+        listed: Tensor,
+        params: Sequence[Tensor],
+        tap: Tensor,
+        z: Tensor | None = None,
+        stash: Tensor | None = None,
     ) -> None:
-        """One AdamW step of the slots that train."""
-        if self._trainer is None:
-            self._trainer = training.Trainer(replace(self.spec, kind="train"), None, self.device)
-        self._trainer.step(listed, bank, gradients, rates)
+        """Join the listed seeds to `y`, in place; z and stash, of the shapes above, are what the backward takes.
+
+        Without z no backward will come, and isolated seeds have nothing to do.
+        """
+        seeds = self.seeds(view.rows)
+        named = dict(zip(self.names, params, strict=True))
+        made, _ = seeds.project(tap, listed, named, z=z, blending_only=z is None)
+        seeds.join(y, view, listed, named, made, stash if stash is not None and len(stash) else None)
+
+    def backward(
+        self,
+        grad: Tensor,
+        like: Like,
+        listed: Tensor,
+        params: Sequence[Tensor],
+        tap: Tensor,
+        z: Tensor | None,
+        stash: Tensor | None,
+        wants_tap: bool,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Gradient of the site's input, of the tap if wanted, and of every parameter; `grad` is never written.
+
+        like: the forward's value, by its memory. z: None where no seed blends, and no forward has run.
+        """
+        dy, view = like.walked(grad, self.spec.layout)
+        seeds = self.seeds(view.rows)
+        named = dict(zip(self.names, params, strict=True))
+        passes = z is None or self.spec.blend == "residual"
+        if z is None:
+            z, _ = seeds.project(tap, listed, named)
+            # No value of it is used, but its memory is read.
+            stash = dy.new_empty(self.stash_shape(view.rows))
+        dx = dy if passes else dy.clone(memory_format=torch.preserve_format)
+        dx_view = view_of(dx, like.axis)
+        assert dx_view is not None
+        dz, grads = seeds.backward(dy, view, listed, named, z, stash, dx, dx_view)
+        grads |= seeds.weight_gradients(tap, dz, listed, named)
+        d_tap = seeds.tap_gradient(dz, listed, named, None) if wants_tap else None
+        return grad if passes else dx, d_tap, [grads[name] for name in self.names]
 
 
 class Like(NamedTuple):
@@ -159,7 +275,20 @@ def spec_of(
     )
 
 
+def refusal(spec: KernelSpec, geometry: Geometry) -> str:
+    """Why torch computes such a bank, or an empty string where kernels do."""
+    if get(spec.blueprint).tap == "chunk":
+        return active.refuses(spec) or gradient.refuses(spec)
+    return tap_join.refuses(spec, geometry)
+
+
 @lru_cache(maxsize=4096)
-def bank_kernels(spec: KernelSpec, device: torch.device) -> BankKernels | None:
+def bank_kernels(
+    spec: KernelSpec, geometry: Geometry, device: torch.device
+) -> BankKernels | TapBankKernels | None:
     """The kernels of a bank, or None where there are none and torch does it."""
-    return None if active.refuses(spec) or gradient.refuses(spec) else BankKernels(spec, device)
+    if refusal(spec, geometry):
+        return None
+    if get(spec.blueprint).tap == "chunk":
+        return BankKernels(spec, device)
+    return TapBankKernels(spec, geometry, device)

@@ -216,16 +216,19 @@ class TapKernels:
         biases: Sequence[Tensor] = (),
         *,
         positions: int | None = None,
+        z: Tensor | None = None,
         blending_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """z, and the packed weights that `tap_gradient` can use again (None without packing).
 
-        positions: how many slots are listed at most (None: all). blending_only: leave out the isolated ones, of
-        which nobody sees anything where no gradient is taken. z is written for the listed slots only.
+        z: where it goes, if that is there already. positions: how many slots are listed at most (None: all).
+        blending_only: leave out the isolated ones, of which nobody sees anything where no gradient is taken. z is
+        written for the listed slots only.
         """
         rows, spec = tap.shape[0], self.spec
         places = spec.slots if positions is None else positions
-        z = tap.new_empty(self.parts, places, rows, spec.rank)
+        if z is None:
+            z = tap.new_empty(self.parts, places, rows, spec.rank)
         count = int(blending_only)
         packed = None
         read = weights

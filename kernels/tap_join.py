@@ -27,7 +27,9 @@ from morphc.errors import UnsupportedKernelError
 from morphc.kernels import active as chunks
 from morphc.kernels import codegen, launch, tap
 from morphc.kernels.active import Precision
-from morphc.kernels.blueprints.base import Geometry
+from morphc.kernels.blueprints.base import Geometry, get
+from morphc.kernels.blueprints.lowrank import LowRank
+from morphc.kernels.blueprints.widen import Widen
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
 from morphc.kernels.gradient import options_of, precision_of
@@ -57,8 +59,10 @@ class TapShape(msgspec.Struct, frozen=True):
 
 def refuses(spec: KernelSpec, geometry: Geometry) -> str:
     """Why no kernel is made for a tap blueprint there, or an empty string."""
-    if spec.blueprint not in ("lowrank", "widen"):
-        return f"blueprint {spec.blueprint!r} reads no tap that kernels know"
+    if type(get(spec.blueprint)) not in (LowRank, Widen):
+        return (
+            f"blueprint {spec.blueprint!r} reads an input, and only lowrank and widen have kernels for that"
+        )
     if geometry.spatial:
         return f"blueprint {spec.blueprint!r} behind a convolution runs as convolutions"
     if spec.layout != "last":
@@ -81,6 +85,11 @@ def shape_of(spec: KernelSpec, geometry: Geometry) -> TapShape:
     if spec.blueprint == "lowrank":
         return TapShape(geometry.tap_features)
     return TapShape(geometry.tap_features, 2 if geometry.gated else 1, True, geometry.activation)
+
+
+def names_of(spec: KernelSpec, geometry: Geometry) -> tuple[str, ...]:
+    """Names of the bank's parameters, in its order."""
+    return (*get(spec.blueprint).shapes(geometry), *blend_shapes(spec.blend, spec.chunk))
 
 
 def sections(spec: KernelSpec, shape: TapShape) -> list[tuple[str, int, int]]:
@@ -262,10 +271,10 @@ class TapSeeds:
         self.spec = spec
         self.shape = shape = shape_of(spec, geometry)
         self.device = device
+        self.target = chunks.target_of(device)
         self.config = config or config_of(spec)
         self.back = back or backward_config_of(spec, shape, self.target)
         self.precision = precision
-        self.target = chunks.target_of(device)
         self.products = TapKernels(
             msgspec.structs.replace(spec, kind="tap"),
             shape.tap,
@@ -290,13 +299,19 @@ class TapSeeds:
         return self.spec.blend not in LINEAR_BLENDS
 
     def project(
-        self, x: Tensor, listing: Tensor, params: Mapping[str, Tensor], *, blending_only: bool = False
+        self,
+        x: Tensor,
+        listing: Tensor,
+        params: Mapping[str, Tensor],
+        *,
+        z: Tensor | None = None,
+        blending_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """z of the listed slots, and the packed weights for `tap_gradient`. blending_only: where no gradient is
-        taken, isolated slots need no z."""
+        """z of the listed slots, in `z` if given, and the packed weights for `tap_gradient`. blending_only: where no
+        gradient is taken, isolated slots need no z."""
         weights = [params[name] for name in self._weights]
         biases = [params[name] for name in self._biases]
-        return self.products.project(x, listing, weights, biases, blending_only=blending_only)
+        return self.products.project(x, listing, weights, biases, z=z, blending_only=blending_only)
 
     def join(
         self,
@@ -341,11 +356,12 @@ class TapSeeds:
         z: Tensor,
         stash: Tensor | None = None,
         dx: Tensor | None = None,
+        dx_view: View | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """dz, and the gradients of all parameters but the in-weights: float32 [K, ...], zero where nothing trains.
 
-        view: of dy. dx: a copy of dy laid out like it, whose columns of blending slots are overwritten; not asked
-        for with `residual`, where dx is dy.
+        view: of dy. dx: a copy of dy, walked by `dx_view` (None: like dy), whose columns of blending slots are
+        overwritten; not asked for with `residual`, where dx is dy.
         """
         spec, rows = self.spec, view.rows
         dz = torch.empty_like(z)
@@ -365,7 +381,7 @@ class TapSeeds:
         if spec.blend != "residual":
             assert dx is not None
             tensors.append(dx)
-            strides.append(view.stride)
+            strides.append((dx_view or view).stride)
         if self.stashes:
             assert stash is not None
             tensors.append(stash)

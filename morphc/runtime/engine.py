@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from morphc.kernels import backend, training
+from morphc.kernels import backend, tap_ops, training
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.ops import SiteSpec
-from morphc.kernels.site import BankKernels, Like, bank_kernels, spec_of
+from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
 from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
@@ -42,7 +42,7 @@ class Engine:
     __slots__ = ("kernels", "lists")
 
     def __init__(self) -> None:
-        self.kernels: dict[tuple[object, ...], BankKernels | None] = {}
+        self.kernels: dict[tuple[object, ...], BankKernels | TapBankKernels | None] = {}
         self.lists: dict[tuple[str, torch.device], Listed] = {}
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
@@ -51,7 +51,9 @@ class Engine:
     def __deepcopy__(self, memo: object) -> Engine:
         return Engine()
 
-    def bank(self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, view: View) -> BankKernels | None:
+    def bank(
+        self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, view: View
+    ) -> BankKernels | TapBankKernels | None:
         """The kernels of that bank for activations like `y`; None where torch does it."""
         key = (name, bank.slots, y.dtype, y.device, view.walk)
         if key not in self.kernels:
@@ -65,11 +67,11 @@ class Engine:
                 dtype=y.dtype,
                 walk=view.walk,
             )
-            self.kernels[key] = bank_kernels(spec, y.device)
+            self.kernels[key] = bank_kernels(spec, bank.geometry, y.device)
         return self.kernels[key]
 
     def listed(
-        self, site: SeedSite, name: str, bank: SlotBank, kernels: BankKernels, device: torch.device
+        self, site: SeedSite, name: str, bank: SlotBank, kernels: ListedBank, device: torch.device
     ) -> Tensor:
         """The bank's list of active seeds, made anew if a state has changed since."""
         state = site.state._buffers
@@ -130,6 +132,46 @@ class Join(torch.autograd.Function):
         return passed, None, None, None, None, None, *slot_grads
 
 
+class TapJoin(torch.autograd.Function):
+    """The same for a bank that reads an input: `tap` [rows, T], in y's dtype.
+
+    Where no seed blends, all work waits for the backward: the value is what it was.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        tap: Tensor,
+        kernels: TapBankKernels,
+        view: View,
+        active: Tensor,
+        isolated_only: bool,
+        axis: int,
+        *params: Tensor,
+    ) -> Tensor:
+        z = stash = None
+        if not isolated_only:
+            z = y.new_empty(kernels.z_shape(view.rows))
+            stash = y.new_empty(kernels.stash_shape(view.rows))
+            kernels.forward(y, view, active, params, tap, z, stash)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(active, tap, z, stash, *params)
+        ctx.kernels = kernels
+        ctx.like = Like(tuple(y.shape), y.stride(), axis)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        active, tap, z, stash, *params = ctx.saved_tensors
+        kernels: TapBankKernels = ctx.kernels
+        passed, d_tap, slot_grads = kernels.backward(
+            grad, ctx.like, active, params, tap, z, stash, ctx.needs_input_grad[1]
+        )
+        return passed, d_tap, None, None, None, None, None, *slot_grads
+
+
 def view(site: SeedSite, y: Tensor) -> View | None:
     """How the kernels walk `y`, or None where torch does the work."""
     if y.dtype not in backend.KERNEL_DTYPES or backend.chosen(site.backend, y.device) != "triton":
@@ -147,6 +189,16 @@ def _own(site: SeedSite, y: Tensor) -> tuple[Tensor, View]:
     return copied, walk
 
 
+def _rows(tap: Tensor, bank: SlotBank, y: Tensor) -> Tensor | None:
+    """`tap` as the kernels read it, [rows, T] in y's dtype; None where it isn't what they were made for."""
+    features = bank.geometry.tap_features
+    if type(tap) not in (Tensor, torch.nn.Parameter) or tap.layout != torch.strided or tap.is_nested:
+        return None
+    if tap.device != y.device or not tap.is_floating_point() or tap.dim() == 0 or tap.shape[-1] != features:
+        return None
+    return tap_ops.walkable(tap.to(y.dtype).reshape(-1, features))
+
+
 def join(
     site: SeedSite,
     name: str,
@@ -160,21 +212,32 @@ def join(
     """`y` with the bank's seeds joined; None where torch has to do it. owned: `y` may be written in place."""
     if torch.compiler.is_compiling():
         spec = site.op_specs.get(name)
-        return None if spec is None or tap is not None else _traced(site, bank, y, spec, isolated_only)
+        return None if spec is None else _traced(site, bank, y, tap, spec, isolated_only)
     walk = view(site, y)
     kernels = site.engine.bank(site, name, bank, y, walk) if walk is not None else None
     if walk is None or kernels is None:
+        return None
+    read = None if tap is None else _rows(tap, bank, y)
+    if tap is not None and (read is None or read.shape[0] != walk.rows):
         return None
     active = site.engine.listed(site, name, bank, kernels, y.device)
     params = tuple(bank.leaves().values())
     if not torch.is_grad_enabled():
         if not owned:
             y, walk = _own(site, y)
-        kernels.forward(y, walk, active, params, None)
+        if isinstance(kernels, BankKernels):
+            kernels.forward(y, walk, active, params, None)
+        else:
+            assert read is not None
+            kernels.forward(y, walk, active, params, read)
         return y
     if not owned or y._is_view() or (y.is_leaf and y.requires_grad):
         y, walk = _own(site, y)
-    joined = Join.apply(y, kernels, walk, active, isolated_only, site.feature_axis, *params)  # type: ignore[no-untyped-call]
+    rest = (kernels, walk, active, isolated_only, site.feature_axis, *params)
+    if read is not None and isolated_only:
+        read = read.detach()
+    join = Join if read is None else TapJoin
+    joined = join.apply(y, *(() if read is None else (read,)), *rest)  # type: ignore[no-untyped-call]
     assert isinstance(joined, Tensor)
     return joined
 
@@ -184,7 +247,7 @@ def op_specs(site: SeedSite) -> dict[str, str]:
     found = {}
     for name, bank in site.slots.items():
         param = bank.get_parameter(bank.names[0])
-        if bank.kind.tap != "chunk" or backend.unavailable(param.device) or site.backend == "torch":
+        if backend.unavailable(param.device) or site.backend == "torch":
             continue
         spec = SiteSpec(
             bank.blueprint,
@@ -198,21 +261,31 @@ def op_specs(site: SeedSite) -> dict[str, str]:
             ISOLATED,
             TRAINS,
         )
-        if spec.supported():
+        if not spec.refusal():
             found[name] = spec.text()
     return found
 
 
-def _traced(site: SeedSite, bank: SlotBank, y: Tensor, spec: str, isolated_only: bool) -> Tensor | None:
+def _traced(
+    site: SeedSite, bank: SlotBank, y: Tensor, tap: Tensor | None, spec: str, isolated_only: bool
+) -> Tensor | None:
     """The same as ops of a graph. The list is made in the graph, which so never meets an old one."""
     if y.dtype not in backend.KERNEL_DTYPES:
+        return None
+    read = None if tap is None else _rows(tap, bank, y)
+    if tap is not None and (read is None or read.shape[0] * site.features != y.numel()):
         return None
     rows = slice(site.offset, site.offset + site.seeds)
     lifecycle, alpha = site.state.lifecycle[rows], site.state.alpha[rows]
     active = torch.ops.morphc.active_list(bank.owner, lifecycle, alpha, spec)
     params = list(bank.leaves().values())
     save = torch.is_grad_enabled()
-    joined: Tensor = torch.ops.morphc.site_forward(y, active, params, spec, save, isolated_only)[0]
+    joined: Tensor
+    if read is None:
+        joined = torch.ops.morphc.site_forward(y, active, params, spec, save, isolated_only)[0]
+    else:
+        read = read.detach() if isolated_only else read
+        joined = torch.ops.morphc.tap_forward(y, read, active, params, spec, save, isolated_only)[0]
     return joined
 
 

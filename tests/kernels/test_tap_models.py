@@ -1,0 +1,223 @@
+"""Compiled models with `lowrank` and `widen`, which read an input, on kernels: graphs, steps, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tap_helpers import (
+    DEVICE,
+    KINDS,
+    Convs,
+    compiled,
+    distance,
+    everything,
+    everything_of,
+    example,
+    kernels_of,
+)
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
+
+import morphc
+from morphc import Config, Lifecycle
+from morphc.kernels import ops
+from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_gives_what_it_gives_on_torch(kind: str) -> None:
+    expected = everything(compiled(kind, "torch"), example())
+    model = compiled(kind)
+    found = everything(model, example())
+    assert kernels_of(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert distance(found[name], value) < 1e-5, name
+
+
+def test_several_banks_of_one_site() -> None:
+    found = {}
+    for backend in ("torch", "triton"):
+        model = compiled("lowrank", backend, blueprint=("affine", "lowrank", "widen"), states=())
+        handle = morphc.seeds(model)["fc2"]
+        for seed, kind in enumerate(("widen", "affine", "lowrank", "widen")):
+            handle.assign([seed], Lifecycle.FOSSILIZED if seed < 3 else Lifecycle.TRAINING, blueprint=kind)
+        for _, bank in handle.site.slots.items():
+            for number, name in enumerate(bank.names):
+                generator = torch.Generator().manual_seed(number)
+                values = bank.get_parameter(name).data
+                values.copy_(torch.randn(values.shape, generator=generator) * 0.4)
+        found[backend] = everything(model, example())
+        if backend == "triton":
+            assert len(handle.site.engine.kernels) == 3
+            assert len(kernels_of(model)) == 3
+    for name, value in found["torch"].items():
+        assert distance(found["triton"][name], value) < 1e-5, name
+
+
+def test_a_host_that_is_frozen_still_trains_its_seeds() -> None:
+    model = compiled("widen")
+    model.requires_grad_(False)
+    model(example()).square().mean().backward()
+    grads = morphc.seeds(model)["fc2"].site.slots.get("widen").grads()
+    assert all(grad is not None and grad[:2].any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blend", ["residual", "gate"])
+def test_optimizer_steps_agree_and_touch_only_slots_that_train(kind: str, blend: str) -> None:
+    stepped = {}
+    for backend in ("torch", "triton"):
+        model = compiled(kind, backend, blend=blend)
+        (bank,) = [bank for _, bank in morphc.seeds(model)["fc2"].site.slots.items()]
+        before = {name: bank.get_parameter(name).detach().clone() for name in bank.names}
+        for _ in range(3):
+            everything(model, example(5))
+            morphc.seeds(model).step_optimizer(lr=1e-2)
+        stepped[backend] = bank
+        assert bank.opt.step.tolist() == [3, 3, 0, 0]
+        for name, value in before.items():
+            param = bank.get_parameter(name)
+            assert torch.equal(param[2:], value[2:])
+            assert bank.grads()[name] is None
+            # Only a seed that blends has a use for its gate.
+            assert not torch.equal(param[0], value[0])
+    for name in stepped["torch"].names:
+        mine, theirs = (stepped[backend].get_parameter(name) for backend in ("triton", "torch"))
+        assert distance(mine, theirs) < 1e-4, name
+
+
+def test_a_large_slot_is_stepped_by_several_programs() -> None:
+    """17 000 floats of an in-weight."""
+    stepped = {}
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        host = nn.Sequential(nn.Linear(8, 1000), nn.ReLU(), nn.Linear(1000, 6)).to(DEVICE)
+        config = Config(seeds_per_layer=2, slots=2, rank=17, blueprint="lowrank", backend=backend)
+        x = torch.randn(2, 8, device=DEVICE)
+        model = morphc.compile(host, (x,), config=config)
+        site = morphc.seeds(model)["2"]
+        site.assign([1], Lifecycle.FINE_TUNING)
+        bank = site.site.slots.get("lowrank")
+        bank.out_weight.data.fill_(0.1)
+        for _ in range(2):
+            model(x).square().sum().backward()
+            morphc.seeds(model).step_optimizer(lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+        stepped[backend] = bank
+    for name in ("in_weight", "out_weight"):
+        mine, theirs = (stepped[backend].get_parameter(name) for backend in ("triton", "torch"))
+        assert distance(mine, theirs) < 1e-5, name
+        assert torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "states", [(Lifecycle.GRAFTING, Lifecycle.TRAINING, Lifecycle.FOSSILIZED), (Lifecycle.TRAINING,)]
+)
+def test_the_same_model_in_a_traced_graph(kind: str, states: tuple[Lifecycle, ...]) -> None:
+    torch._dynamo.reset()
+    expected = everything(compiled(kind, states=states), example())
+    model = compiled(kind, states=states)
+    kinds: list[str] = []
+
+    def counting(graph, inputs):  # type: ignore[no-untyped-def]
+        kinds.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return aot_eager(graph, inputs)
+
+    traced = torch.compile(model, backend=counting, fullgraph=True)
+    found = everything_of(traced, model, example())
+    assert "morphc.tap_forward.default" in kinds or "morphc.tap_forward" in kinds, kinds
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("save", "alone"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(("kind", "blend"), [("lowrank", "residual"), ("widen, gated", "gate")])
+def test_the_ops_pass_opcheck_and_vmap(kind: str, blend: str, save: bool, alone: bool) -> None:
+    states = (Lifecycle.TRAINING,) if alone else (Lifecycle.GRAFTING, Lifecycle.TRAINING)
+    handle = morphc.seeds(compiled(kind, blend=blend, states=states))["fc2"]
+    (bank,) = [bank for _, bank in handle.site.slots.items()]
+    made = ops.SiteSpec(bank.blueprint, blend, bank.geometry, 23, 5, 4, -1, BLENDS, ISOLATED, TRAINS)
+    assert not made.refusal()
+    spec = made.text()
+    listed = torch.ops.morphc.active_list(bank.owner, handle.lifecycle.clone(), handle.alpha.clone(), spec)
+    y, tap = torch.randn(6, 23, device=DEVICE), torch.randn(6, bank.geometry.tap_features, device=DEVICE)
+    params = [param.detach().clone() for param in bank.leaves().values()]
+    if save:
+        y.requires_grad_()
+        tap.requires_grad_()
+        params = [param.requires_grad_() for param in params]
+    torch.library.opcheck(torch.ops.morphc.tap_forward.default, (y, tap, listed, params, spec, save, alone))
+    if save:
+        out, z, stash = torch.ops.morphc.tap_forward(y, tap, listed, params, spec, save, alone)
+        given = (
+            torch.randn_like(out),
+            tap,
+            listed,
+            z,
+            stash,
+            params,
+            spec,
+            alone,
+            not alone,
+            [6, 23],
+            [23, 1],
+        )
+        given = tuple(value.detach() if isinstance(value, Tensor) else value for value in given)
+        params = [param.detach() for param in params]
+        torch.library.opcheck(torch.ops.morphc.tap_backward.default, (*given[:5], params, *given[6:]))
+        return
+    many, taps = torch.randn(2, 6, 23, device=DEVICE), torch.randn(6, 2, tap.shape[1], device=DEVICE)
+
+    def forward(y: Tensor, tap: Tensor) -> Tensor:
+        return torch.ops.morphc.tap_forward(y, tap, listed, params, spec, False, False)[0]
+
+    each = [forward(many[n], taps[:, n]) for n in range(2)]
+    assert torch.equal(torch.vmap(forward, in_dims=(0, 1))(many, taps), torch.stack(each))
+    same = [forward(many[n], tap) for n in range(2)]
+    assert torch.equal(torch.vmap(forward, in_dims=(0, None))(many, tap), torch.stack(same))
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "widen"])
+def test_behind_a_convolution_torch_computes_them(kind: str) -> None:
+    found = {}
+    for backend in ("torch", "triton"):
+        model = compiled(kind, backend, host=Convs)
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        found[backend] = everything(model, x)
+        assert not kernels_of(model)
+    for name, value in found["torch"].items():
+        assert torch.equal(found["triton"][name], value), name
+
+
+def test_a_dormant_site_makes_no_kernels() -> None:
+    model = compiled("widen", states=())
+    everything(model, example())
+    engine = morphc.seeds(model)["fc2"].site.engine
+    assert not engine.kernels
+    assert not engine.lists
+
+
+def test_autocast_copies_and_pickles() -> None:
+    model = compiled("widen")
+    kind = "cuda" if DEVICE.type == "cuda" else "cpu"
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        out = model(example())
+        again = copy.deepcopy(model)(example())
+    assert torch.equal(out, again)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(model))(example()), model(example()))
+
+
+def test_a_checkpointed_layer() -> None:
+    model = compiled("widen, gated", blend="multiply")
+    expected = everything(model, example())
+    morphc.seeds(model)["fc2"].site.slots.get("widen").zero_grads()
+    found = everything_of(lambda x: checkpoint(model, x, use_reentrant=False), model, example())
+    for name, value in expected.items():
+        if not name.startswith(("fc2", "gate", "up")):
+            assert torch.equal(found[name], value), name
