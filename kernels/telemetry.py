@@ -174,6 +174,8 @@ def job(
     constants |= {"UNIT": variant.unit, "DENSE": variant.dense, "WRITE": variant.write, "WORDS": words}
     # The instructions for two 16-bit values at once came with capability 9.
     constants["PTX"] = kind == "cuda" and (not arch or int(arch) >= 90)
+    # So did kernels that overlap.
+    constants["NOTIFIES"] = constants["PTX"]
     pointers = ["part_ptr", "measured_ptr", "clock_ptr"]
     if variant.unit > 1:
         pointers += ["x_ptr", "y_ptr"]
