@@ -203,9 +203,8 @@ def host(setting: Setting) -> Plan:
 
 def through(site: SeedSite, y: torch.Tensor) -> torch.Tensor:
     """What `SiteForward` does behind the layer's own forward."""
-    if site.training:
-        site.watch(y)
-    return site.join(y, None, True) if site.mode else y
+    measured = site.training and site.watch(y)
+    return site.join(y, None, True, measured) if site.mode else y
 
 
 MEASURED = ("issue_p50", "issue_p99", "sync_p50", "sync_p99")

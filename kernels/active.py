@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -176,6 +176,14 @@ def stash_shape(spec: KernelSpec, view: View) -> tuple[int, int, int]:
     return spec.slots, view.rows, spec.chunk
 
 
+class Bound(Protocol):
+    """A forward of activations that are all walked alike; see `Forward`."""
+
+    def __call__(
+        self, x: Tensor, active: Tensor, params: Sequence[Tensor], stash: Tensor | None, early: bool = False
+    ) -> None: ...
+
+
 class Forward:
     """The forward of one spec with one config on one device; its variants are compiled when first called for."""
 
@@ -209,21 +217,35 @@ class Forward:
         one on the stream only reads x, and began when all before it had ended; this one starts during it, and
         waits for its end before it writes to x.
         """
-        if not view.rows:
-            return
-        tensors = [x, active, x if stash is None else stash, *params]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        bits = view.stride | (view.inner if view.walk == "channels_first" else 0)
-        for pointer in pointers:
-            bits |= pointer
+        if view.rows:
+            self.bound(view)(x, active, params, stash, early)
+
+    def bound(self, view: View) -> Bound:
+        """The same for activations that are all walked as `view`: what follows from that is found once."""
         blocks, even = self.blocks(view)
         groups = cdiv(self.spec.slots, self.config.group)
         once = groups * blocks <= ONCE * self.processors
-        key = (once, stash is not None, even, early, bits % 16 == 0)
-        launched, most = self.variants.get(key) or self._prepare(key)
-        grid = (groups, blocks, 1) if once else (min(most, groups * blocks), 1, 1)
-        passed = pointers if self.device.type == "cuda" else tensors
-        launched(grid, *passed, view.rows, view.stride, view.inner)
+        bits = view.stride | (view.inner if view.walk == "channels_first" else 0)
+        numbers = view.rows, view.stride, view.inner
+        variants, on_gpu, divisible = self.variants, self.device.type == "cuda", bits % 16 == 0
+        grids: dict[int, tuple[int, int, int]] = {}
+
+        def call(
+            x: Tensor, active: Tensor, params: Sequence[Tensor], stash: Tensor | None, early: bool = False
+        ) -> None:
+            tensors = (x, active, x if stash is None else stash, *params)
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            bits = 0
+            for pointer in pointers:
+                bits |= pointer
+            key = (once, stash is not None, even, early, divisible and not bits & 15)
+            launched, most = variants.get(key) or self._prepare(key)
+            grid = grids.get(most)
+            if grid is None:
+                grid = grids[most] = (groups, blocks, 1) if once else (min(most, groups * blocks), 1, 1)
+            launched(grid, *(pointers if on_gpu else tensors), *numbers)
+
+        return call
 
     def blocks(self, view: View) -> tuple[int, bool]:
         """Blocks of rows in all, and whether none is cut short."""

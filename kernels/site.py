@@ -88,13 +88,17 @@ class BankKernels(ListedBank):
         self, y: Tensor, view: View, listed: Tensor, params: Sequence[Tensor], stash: Tensor | None
     ) -> None:
         """Join the listed seeds to `y`, in place; their chunks as they were go to `stash`."""
+        self.forward_of(view)(y, view, listed, params, stash)
+
+    def forward_of(self, view: View) -> active.Forward:
+        """What joins activations of about so many rows."""
         bucket = tuning.bucket(view.rows)
         kernel = self._forward.get(bucket)
         if kernel is None:
             spec = replace(self.spec, kind="forward")
             config = tuning.choose(spec, view.rows)
             kernel = self._forward[bucket] = active.Forward(spec, config, self.device, _precision())
-        kernel(y, view, listed, params, stash)
+        return kernel
 
     def backward(
         self,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from morphc.kernels import backend, tap_ops, training
+from morphc.kernels import backend, gradient, tap_ops, training
+from morphc.kernels.active import stash_shape
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.ops import SiteSpec
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
@@ -39,9 +42,10 @@ class Listed:
 class Engine:
     """What one site keeps between calls. Nothing in it is copied, pickled or saved: it is made again when needed."""
 
-    __slots__ = ("kernels", "lists")
+    __slots__ = ("kernels", "lists", "ready")
 
     def __init__(self) -> None:
+        self.ready: dict[torch.Size, Ready] = {}
         self.kernels: dict[tuple[object, ...], BankKernels | TapBankKernels | None] = {}
         self.lists: dict[tuple[str, torch.device], Listed] = {}
 
@@ -97,6 +101,126 @@ class Engine:
         return found.active
 
 
+MOST_READY = 8
+"""Shapes for which a site remembers what to launch: those of training, of evaluation, of a last batch."""
+
+
+class Ready:
+    """A site with one bank, ready for activations of one shape: what a call has to ask is whether that still holds."""
+
+    __slots__ = (
+        "backend",
+        "bank",
+        "cuda",
+        "device",
+        "dtype",
+        "follows",
+        "forward",
+        "kernels",
+        "leaves",
+        "like",
+        "listed",
+        "name",
+        "params",
+        "room",
+        "strides",
+    )
+
+    def __init__(
+        self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, walk: View, kernels: BankKernels
+    ) -> None:
+        self.backend, self.name, self.bank, self.kernels = site.backend, name, bank, kernels
+        self.dtype, self.device, self.strides = y.dtype, y.device, y.stride()
+        self.cuda = y.device.type == "cuda"
+        self.follows = self.cuda and gradient.follows_early(y.device)
+        self.forward = kernels.forward_of(walk).bound(walk)
+        self.like = Like(tuple(y.shape), y.stride(), site.feature_axis)
+        self.room = stash_shape(kernels.spec, walk)
+        self.params, self.leaves = tuple(bank._parameters.values()), tuple(bank.leaves().values())
+        self.listed = site.engine.lists[name, y.device]
+
+    def holds(self, site: SeedSite, y: Tensor) -> bool:
+        """Whether `y`, of the shape that this was made for, and the bank are as they were."""
+        banks = site._modules["slots"]._modules  # type: ignore[union-attr]
+        bank = self.bank
+        return (
+            y.dtype is self.dtype
+            and y.stride() == self.strides
+            and y.device == self.device
+            and len(banks) == 1
+            and banks.get(self.name) is bank
+            and all(map(is_, bank._parameters.values(), self.params))
+            and all(map(is_, bank._leaves.values(), self.leaves))
+            and _transforming() is None
+            and not jit_traced()
+            and site.backend == self.backend
+        )
+
+    def join(self, site: SeedSite, y: Tensor, isolated_only: bool, owned: bool, early: bool) -> Tensor:
+        """As `join`, where `holds` is true."""
+        graded = torch.is_grad_enabled()
+        if isolated_only and not graded:
+            return y
+        listed, state = self.listed, site.state._buffers
+        owner, lifecycle, alpha = sources = self.bank._buffers["owner"], state["lifecycle"], state["alpha"]
+        made, versions = listed.made_from, listed.versions
+        if (
+            owner is not made[0]
+            or lifecycle is not made[1]
+            or alpha is not made[2]
+            or versions != tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
+            or (self.cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            site.engine.listed(site, self.name, self.bank, self.kernels, self.device)
+            listed, early = site.engine.lists[self.name, self.device], False
+            self.listed = listed
+        if not owned or (graded and (y._is_view() or (y.is_leaf and y.requires_grad))):
+            # The strides are dense: `y` was made by one layer, and rows with gaps are not ready.
+            y, early = y.clone(memory_format=torch.preserve_format), False
+        early = early and self.follows
+        if not graded:
+            self.forward(y, listed.active, self.leaves, None, early)
+            return y
+        return _ready_join(y, self, listed.active, isolated_only, early, *self.leaves)
+
+
+class ReadyJoin(torch.autograd.Function):
+    """`Join` where all is ready."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        ready: Ready,
+        active: Tensor,
+        isolated_only: bool,
+        early: bool,
+        *leaves: Tensor,
+    ) -> Tensor:
+        stash = y.new_empty(ready.room)
+        ready.forward(y, active, leaves, stash, early)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(active, stash, *leaves)
+        ctx.kernels, ctx.like, ctx.isolated_only = ready.kernels, ready.like, isolated_only
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        passed, slot_grads = _backward(ctx, grad)
+        return passed, None, None, None, None, *slot_grads
+
+
+# What `Function.apply` calls once it has looked for transforms of functorch among the arguments: there are none.
+_ready_join: Callable[..., Tensor] = super(torch.autograd.Function, ReadyJoin).apply
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+    active, stash, *params = ctx.saved_tensors
+    kernels: BankKernels = ctx.kernels
+    return kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
+
+
 class Join(torch.autograd.Function):
     """A bank's seeds joined to the site's value, in place, with the gradients of the slots.
 
@@ -126,9 +250,7 @@ class Join(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        active, stash, *params = ctx.saved_tensors
-        kernels: BankKernels = ctx.kernels
-        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
+        passed, slot_grads = _backward(ctx, grad)
         return passed, None, None, None, None, None, *slot_grads
 
 
@@ -222,6 +344,12 @@ def join(
         return None
     active = site.engine.listed(site, name, bank, kernels, y.device)
     params = tuple(bank.leaves().values())
+    if tap is None and len(site.slots._modules) == 1 and is_dense(y) and not _replaced(bank):
+        ready = site.engine.ready
+        if len(ready) >= MOST_READY:
+            ready.clear()
+        assert isinstance(kernels, BankKernels)
+        ready[y.shape] = Ready(site, name, bank, y, walk, kernels)
     if not torch.is_grad_enabled():
         if not owned:
             y, walk = _own(site, y)
@@ -240,6 +368,16 @@ def join(
     joined = join.apply(y, *(() if read is None else (read,)), *rest)  # type: ignore[no-untyped-call]
     assert isinstance(joined, Tensor)
     return joined
+
+
+def is_dense(y: Tensor) -> bool:
+    """Whether a clone of `y` has its strides."""
+    return y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
+
+
+def _replaced(bank: SlotBank) -> bool:
+    """Whether somebody's tensors stand in the place of the bank's own, as in `torch.func.functional_call`."""
+    return not all(map(is_, bank._parameters.values(), bank._bound.values()))
 
 
 def op_specs(site: SeedSite) -> dict[str, str]:

@@ -59,10 +59,9 @@ class SiteForward:
             return out
         if self.output_index is not None:
             return self._within(out, args, kwargs)
-        if self.layer.training:
-            site.watch(out)
+        measured = self.layer.training and site.watch(out)
         if site.mode:
-            return site.join(out, first_tensor(args, kwargs), self.fresh)
+            return site.join(out, first_tensor(args, kwargs), self.fresh, measured)
         return out
 
     def _within(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

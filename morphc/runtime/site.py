@@ -117,23 +117,24 @@ class SeedSite(nn.Module):
             self.watch(y)
         return self.join(y, layer_input) if self.mode else y
 
-    def watch(self, y: Tensor) -> None:
-        """Count one training forward of the layer, and measure it when telemetry is due."""
+    def watch(self, y: Tensor) -> bool:
+        """Count one training forward of the layer, and measure it when telemetry is due; whether it was."""
         pulse = self.pulse
         every = pulse.every
         if not every:
-            return
+            return False
         if is_compiling():
             due_in_graph(self, y)
-            return
+            return False
         if _backward_task() != -1:
-            return  # a checkpoint computes its forward again, inside the backward
+            return False  # a checkpoint computes its forward again, inside the backward
         count = pulse.count
         pulse.count = count + 1
         # Nothing is asked of `y` in a torch.jit.trace, which would record the asking.
         measured = count % every == 0 and not jit_traced() and accumulate(self, y)
         if measured and self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
             y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
+        return measured
 
     @property
     def backend(self) -> str:
@@ -141,11 +142,19 @@ class SeedSite(nn.Module):
         store = self.state.store
         return store.config.backend if store is not None else "auto"
 
-    def join(self, y: Tensor, layer_input: Tensor | None = None, owned: bool = False) -> Tensor:
+    def join(
+        self, y: Tensor, layer_input: Tensor | None = None, owned: bool = False, early: bool = False
+    ) -> Tensor:
         """`y` with the slots of the site's seeds joined, as the state of each asks.
 
-        owned: nobody but the caller holds `y`, which may then be written in place.
+        owned: nobody but the caller holds `y`, which may then be written in place. early: nothing was launched on
+        the stream since this site measured `y`.
         """
+        if not is_compiling() and type(y) is Tensor:
+            ready = self.engine.ready.get(y.shape)
+            if ready is not None and ready.holds(self, y):
+                self.block_input = None
+                return ready.join(self, y, self.mode is Mode.TRAINING, owned, early)
         if not isinstance(y, Tensor) or not y.is_floating_point() or y.is_nested or y.layout != torch.strided:
             return y
         if y.shape[self.feature_axis] != self.features:
