@@ -14,6 +14,7 @@ from morphc import Config, Lifecycle
 from morphc.errors import ConfigError
 from morphc.kernels import backend, ops
 from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+from morphc.runtime.site import SeedSite
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
@@ -273,3 +274,50 @@ def test_what_was_measured_is_in_a_copy_a_pickle_and_a_state_dict() -> None:
     assert morphc.seeds(model).telemetry()["count"].max() == 0
     model(example())
     assert torch.equal(morphc.seeds(model).telemetry()["count"], expected)
+
+
+def ready(model: nn.Module) -> int:
+    """Sites that have what a repeated call takes."""
+    return sum(bool(module.engine.ready) for module in model.modules() if isinstance(module, SeedSite))
+
+
+def test_what_is_kept_between_calls_is_not_used_once_it_no_longer_holds() -> None:
+    """Parameters that are replaced, loaded or moved, other shapes and strides, gradients on and off, in turn."""
+    models = [compiled("triton"), compiled("torch")]
+
+    def both(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            found = [model(x) for model in models]
+        return [*found, *(model(x).detach() for model in models)]
+
+    def agree(x: Tensor) -> Tensor:
+        one, other, graded, reference = both(x)
+        assert distance(one, other) < 1e-5
+        assert distance(graded, reference) < 1e-5
+        assert torch.equal(one, graded)
+        return one
+
+    x = example()
+    before = agree(x)
+    assert ready(models[0]) == 3
+    agree(x)
+    agree(example(batch=2))
+    agree(x.contiguous(memory_format=torch.channels_last))
+    others = [{name: p + 0.1 for name, p in model.named_parameters()} for model in models]
+    with torch.no_grad():
+        found = [
+            torch.func.functional_call(model, other, (x,))
+            for model, other in zip(models, others, strict=True)
+        ]
+    assert distance(found[0], found[1]) < 1e-5
+    assert distance(found[0], before) > 1e-3
+    assert torch.equal(agree(x), before)
+    for model in models:
+        state = {
+            name: value + 0.1 if value.is_floating_point() and "slots" in name else value
+            for name, value in model.state_dict().items()
+        }
+        model.load_state_dict(state)
+    assert not torch.equal(agree(x), before)
+    models = [copy.deepcopy(model).double().float() for model in models]
+    agree(x)
