@@ -7,7 +7,8 @@
 Of each spec is checked: telemetry over two samples; the forward's output, with a stash and, of every second spec,
 without; the gradients of the activation and of every parameter; AdamW from these; a reconstruction step (losses,
 and what AdamW makes of its gradients). Norms of the differences over norms of the reference stay within 1e-5 for
-float32 (tf32 off), 5e-3 for bfloat16 and float16, 1e-6 for telemetry. Bit for bit the same: everything that no
+float32 (tf32 off), 5e-3 for bfloat16 and float16, 1e-6 for telemetry, whose counts are exact but for ties (see
+`parity_reference.dead_values`). Bit for bit the same: everything that no
 blending seed owns, gaps between rows included; `grad_output`; and all that a second run gives. Where values are
 not finite, they are so in the same chunk, slot and row as in the reference, and nowhere else.
 

@@ -222,9 +222,11 @@ class Check:
         self.errors.add(f"{name} squares", sums[health.SQUARES], wanted["squares"])
         self.errors.add(f"{name} row_squares", sums[health.ROW_SQUARES], wanted["row_squares"])
         self.errors.add(f"{name} peak", sums[health.PEAK], wanted["peak"])
-        # Of all values: the function behind the site may round to zero a little earlier or later than torch's.
-        values = 2.0 * spec.rows * spec.chunk
-        self.errors.add(f"{name} zeros", sums[health.ZEROS] + values, wanted["zeros"] + values)
+        # Exactly as many, but for ties (of float32 alone), which may be judged either way.
+        beyond = (sums[health.ZEROS] - wanted["zeros"]).abs() > wanted["ties"]
+        self.expect(not beyond.any(), f"{name}: the dead are miscounted")
+        zeros = torch.where(beyond, sums[health.ZEROS], wanted["zeros"])
+        self.errors.add(f"{name} zeros", zeros, wanted["zeros"])
 
     def forward(self) -> Tensor:
         """With and without a stash, twice; gives the stash."""

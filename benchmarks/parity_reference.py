@@ -193,11 +193,11 @@ def telemetry(
 ) -> dict[str, Tensor]:
     """Sums [S] of rows [rows, F] around `shift` [S] float64, in float64, by slices of rows.
 
-    The dead are counted in the activation's own precision: float32 of its values, as the kernels read them.
+    zeros: of act(x) as it is stored, see `dead_values`; ties: how many of them may be judged either way.
     """
     features = rows.shape[1]
     device = rows.device
-    names = ("total", "squares", "row_squares", "zeros", "peak", "nonfinite")
+    names = ("total", "squares", "row_squares", "zeros", "ties", "peak", "nonfinite")
     sums = {name: torch.zeros(seeds, dtype=torch.float64, device=device) for name in names}
     around = spread(shift, features)
     step = max(1, GROUP_VALUES // features)
@@ -205,17 +205,38 @@ def telemetry(
         x = rows[first : first + step].to(torch.float64)
         finite = x.isfinite()
         off = torch.where(finite, x - around, 0)
-        after = rows[first : first + step].float()
-        after = after if epilogue is None else activation(epilogue)(after)
-        dead = finite & (after.abs() <= near_zero)
+        dead, tied = dead_values(rows[first : first + step], epilogue, near_zero)
         sums["total"] += chunk_sums(off.sum(0), seeds)
         sums["squares"] += chunk_sums(off.square().sum(0), seeds)
         sums["row_squares"] += chunk_sums(off, seeds).square().sum(0)
-        sums["zeros"] += chunk_sums(dead.sum(0).to(torch.float64), seeds)
+        sums["zeros"] += chunk_sums((finite & dead).sum(0).to(torch.float64), seeds)
+        sums["ties"] += chunk_sums((finite & tied).sum(0).to(torch.float64), seeds)
         sums["nonfinite"] += chunk_sums((~finite).sum(0).to(torch.float64), seeds)
         largest = torch.where(finite, x, 0).abs().amax(0)
         sums["peak"] = torch.maximum(sums["peak"], chunk_max(largest, seeds))
     return sums
+
+
+def dead_values(x: Tensor, epilogue: str | None, near_zero: float) -> tuple[Tensor, Tensor]:
+    """Where |act(x)| <= near_zero, act(x) rounded to x's type; and where that is a tie, so that nobody knows.
+
+    Of 16-bit values there are few enough to ask torch's function on the CPU for all: no ties. Of float32 a value is a
+    tie if act is off by more than it differs from near_zero, and an end of the dead lies within 3 %: gelu(v) is
+    v / 2 times a multiple of 2^-24 about there, and an erf that differs in the last bit (a device's does) ends up at
+    another one. Functions that round nothing have none.
+    """
+    act = activation(epilogue or "identity")
+    if x.dtype != torch.float32:
+        every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(x.dtype)
+        table = act(every.float()).to(x.dtype).float().abs() <= near_zero
+        dead = table.to(x.device)[x.contiguous().view(torch.int16).long() + (1 << 15)]
+        return dead, torch.zeros_like(dead)
+    dead = act(x).abs() <= near_zero
+    if epilogue in (None, "relu"):
+        return dead, torch.zeros_like(dead)
+    off = (act(x.double()).abs() - near_zero).abs() <= 2.0**-22 * x.abs()
+    around = [act(x * (1 + apart)).abs() <= near_zero for apart in (-0.03, 0.03)]
+    return dead, off & (around[0] != around[1])
 
 
 def adamw(
