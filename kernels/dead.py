@@ -67,7 +67,7 @@ def _stored_dead(values: Tensor, epilogue: str | None, near_zero: float, dtype: 
     """Whether each of `values`, float32, is dead."""
     act, kind = activation(epilogue or "identity"), getattr(torch, dtype)
     padded = torch.nn.functional.pad(values, (0, -len(values) % 64))
-    after = torch.cat([act(piece.clone()).to(kind).float() for piece in padded.split(PIECE)])  # type: ignore[no-untyped-call]
+    after = torch.cat([act(piece.clone()).to(kind).float() for piece in torch.split(padded, PIECE)])
     return after[: len(values)].abs() <= near_zero
 
 

@@ -180,11 +180,14 @@ def _take(
     CAREFUL: tl.constexpr,
     WORDS: tl.constexpr,
     PACKED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Adds a part of a tile to all but the sums of rows; its share of those comes first, [chunks, rows, lanes].
 
     x: the tile as loaded. With MASKED only its `bits` belong to the chunks; m is 0 elsewhere. With LOOSE only
-    `kept_rows` count, and with CAREFUL, in those, only finite values; others are counted in `lost`.
+    `kept_rows` count, and with CAREFUL, in those, only finite values; others are counted in `lost`. With PAIRS chunks
+    are two wide, and `squares` is of their differences: (a - b)^2 + (a + b)^2 = 2 (a^2 + b^2), and the squares of the
+    sums are needed anyway.
     """
     chunks: tl.constexpr = squares.shape[0]
     rows: tl.constexpr = squares.shape[1]
@@ -200,6 +203,14 @@ def _take(
         if MASKED:
             v = tl.where(bits != 0, v, 0.0)
     piece: tl.constexpr = v.numel // (chunks * rows * lanes)
+    if PAIRS and PACKED:
+        count = _count_two(count, x, bits, MASKED)
+        most = _larger_two(most, x)
+        in_row = tl.permute(tl.reshape(low + high, [rows, chunks, lanes]), [1, 0, 2])
+        apart = tl.permute(tl.reshape(low - high, [rows, chunks, lanes]), [1, 0, 2])
+        squares += apart * apart
+        in_row -= 2.0 * tl.reshape(m, [chunks, 1, 1])
+        return in_row, squares, zeros, peak, lost, count, most
     if FLAT:
         v = tl.permute(tl.reshape(v, [rows, chunks, lanes, piece]), [1, 0, 2, 3])
     else:
@@ -229,7 +240,12 @@ def _take(
             dead = dead & here
         zeros += tl.sum(tl.where(dead, 1.0, 0.0), axis=3)
         peak = tl.maximum(peak, tl.max(tl.abs(v), axis=3))
-    squares += tl.sum(d * d, axis=3)
+    if PAIRS:
+        one, other = tl.split(d)
+        apart = one - other
+        squares += apart * apart
+    else:
+        squares += tl.sum(d * d, axis=3)
     return tl.sum(d, axis=3), squares, zeros, peak, lost, count, most
 
 
@@ -283,6 +299,7 @@ def _walk(
     # The vector that a thread sums by itself, and how many of them a chunk has.
     piece: tl.constexpr = min(WIDTH, VECTOR) if FLAT else VECTOR
     lanes: tl.constexpr = WIDTH // piece if FLAT else LANES
+    pairs: tl.constexpr = FLAT and WIDTH == 2 and VECTOR > 1
     if DENSE:
         stride = FEATURES
         y_stride = FEATURES
@@ -385,7 +402,7 @@ def _walk(
                                 and (q + 1) * LANES * VECTOR <= WIDTH
                             )
                         ),
-                        False, False, words, packed,
+                        False, False, words, packed, pairs,
                     )
                     if q == 0:
                         in_row = in_part
@@ -410,14 +427,17 @@ def _walk(
     y_base = y_ptr + left.to(tl.int64) * y_stride
     for begin in tl.range(left, last, BLOCK_ROWS):
         kept_rows = (begin + row < last)[None, :, None, None]
+        if pairs:
+            # Read again, rather than kept in registers all the way.
+            m = tl.load(shift_ptr + chunk, mask=valid, other=0.0).to(tl.float32)[:, None, None, None]
         for q in tl.static_range(PARTS):
             x = tl.load(base + places[q], mask=asked[q] & (begin + row_place < last), other=0)
             if WRITE:
                 y = _activate(_values(x, words), PTX).to(y_ptr.dtype.element_ty)
                 tl.store(y_base + y_places[q], y, mask=y_asked[q] & (begin + row_place < last))
             in_part, squares, zeros, peak, lost, _, _ = _take(
-                x, bits[q], shifts[q], kept_rows, squares, zeros, peak, lost, 0, 0,
-                FLAT, not FLAT, True, CAREFUL, words, False,
+                x, bits[q], m if pairs else shifts[q], kept_rows, squares, zeros, peak, lost, 0, 0,
+                FLAT, not FLAT, True, CAREFUL, words, False, pairs,
             )
             if q == 0:
                 in_row = in_part
@@ -439,6 +459,8 @@ def _walk(
     total, squares, row_squares, zeros, peak, lost = _over_rows(
         total, squares, row_squares, zeros, peak, lost, WIDTH, CAREFUL
     )
+    if pairs:
+        squares = 0.5 * (squares + row_squares)
     return total, squares, row_squares, zeros, peak, lost
 
 

@@ -181,6 +181,9 @@ class TestSums:
             pytest.param(5, 24, 20, id="chunks of two and one"),
             pytest.param(6, 160, 3, id="chunks of several parts"),
             pytest.param(33, 32, 8, id="flat, rows left over"),
+            pytest.param(37, 24, 12, id="pairs, rows left over"),
+            pytest.param(9, 18, 9, id="pairs, vectors of two"),
+            pytest.param(20, 23, 11, id="pairs behind a chunk of three"),
         ],
     )
     def test_of_shapes_at_the_edge(self, rows: int, features: int, seeds: int, dtype: torch.dtype) -> None:
@@ -294,6 +297,19 @@ class TestShift:
             assert torch.equal(shift, shift.float().double())
             variance = measured.found()["squares"] / 64 / (24 / seeds)
             assert ((variance - 1e-4).abs() < 5e-5).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_is_subtracted_from_pairs(self, dtype: torch.dtype) -> None:
+        x = (300 + 8 * torch.randn(40, 24)).to(dtype).to(DEVICE)
+        x[:, ::2] += 24
+        measured = site(24, 12, dtype)
+        measured.shift(x)
+        assert measured.sums[SHIFT, measured.own].all()
+        samples = [x, spoil(x)]
+        for sample in samples:
+            measured.sample(sample)
+        measured.merge()
+        check(measured, samples)
 
     def test_is_zero_where_that_is_near(self) -> None:
         x = values(64, 24) + 2.0
