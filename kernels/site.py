@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from morphc.kernels import active, gradient, tap_join, tap_step, training, tuning
-from morphc.kernels.blueprints.base import Geometry, get
+from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
 from morphc.kernels.layout import View, Walk, view_of
 from morphc.kernels.reference.active_list import length
 from morphc.kernels.spec import KernelSpec
@@ -284,6 +284,37 @@ def refusal(spec: KernelSpec, geometry: Geometry) -> str:
     if get(spec.blueprint).tap == "chunk":
         return active.refuses(spec) or gradient.refuses(spec)
     return tap_join.refuses(spec, geometry)
+
+
+def coverage(blueprint: str) -> str:
+    """What computes a blueprint where kernels run, for people."""
+    kind = get(blueprint)
+    linear = Geometry(64, 4, 4, tap_features=64 if kind.tap != "chunk" else 4)
+    conv = replace(linear, spatial=2, layer_conv=_CONV, block_in=_CONV, block_out=_CONV)
+    found = {}
+    for where, geometry in (("linear layers", linear), ("convolutions", conv)):
+        if not kind.refuses(geometry):
+            spec = spec_of(
+                blueprint,
+                geometry,
+                "residual",
+                features=64,
+                seeds=16,
+                slots=4,
+                dtype=torch.float32,
+                walk="last",
+            )
+            found[where] = refusal(spec, geometry)
+    reasons = set(found.values())
+    if len(reasons) == 1:
+        (reason,) = reasons
+        return f"torch: {reason}" if reason else "kernels"
+    return "; ".join(
+        f"{where}: torch: {reason}" if reason else f"{where}: kernels" for where, reason in found.items()
+    )
+
+
+_CONV = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 @lru_cache(maxsize=4096)

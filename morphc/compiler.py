@@ -37,6 +37,7 @@ from morphc.passes.shapes import PropagateShapes
 from morphc.passes.verify import Verify
 from morphc.plancheck import check_plan, config_of, model_digest
 from morphc.reporting import Report
+from morphc.runtime.backends import Backend, backends_of
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import SeedRoot, store_of
 from morphc.version import __version__
@@ -356,4 +357,14 @@ def _report(program: Program, records: Sequence[PassRecord], seconds: float) -> 
         seconds=seconds,
         graphs=readable_graphs(program),
         tree=tree,
+        backends=_backends(program),
     )
+
+
+def _backends(program: Program) -> dict[str, dict[str, Backend]]:
+    """Of every site that was made; sites whose dtype nobody has seen are taken for float32."""
+    if program.model is None:
+        return {}
+    sites = store_of(program.model).sites
+    dtypes = {site.path: getattr(torch, site.dtype, torch.float32) for site in program.plan.sites}
+    return {path: backends_of(site, dtypes.get(path, torch.float32)) for path, site in sites.items()}

@@ -82,6 +82,7 @@ class Report:
     graphs: region path to its transformed graph as readable Python.
     tree: a `ModuleRow` for every module.
     measured: site path to measured us per forward, where it was measured.
+    backends: site path to blueprint to (`triton` or `torch`, why it isn't triton); empty where nothing was compiled.
     """
 
     plan: Plan
@@ -92,6 +93,7 @@ class Report:
     tree: tuple[tuple[str, str, int, str], ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    backends: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         # rich is only needed to print, and `import morphc` has to stay quick.
@@ -123,6 +125,10 @@ class Report:
                 "graphs": list(self.graphs),
                 "tree": [ModuleRow(*row)._asdict() for row in self.tree],
                 "measured_us": dict(self.measured),
+                "backends": {
+                    path: {name: {"backend": each[0], "reason": each[1]} for name, each in found.items()}
+                    for path, found in self.backends.items()
+                },
             },
             order="sorted",
         )

@@ -26,6 +26,9 @@ from morphc.reporting import (
 )
 
 T = TypeVar("T")
+FEW = 4
+"""Sites that are named one by one."""
+
 LEVEL_STYLE = {"rewritten": "green", "matched": "cyan", "as_written": "yellow"}
 
 
@@ -48,7 +51,7 @@ def print_report(report: Report, console: Console) -> None:
 def _fit(table: Table, console: Console) -> None:
     """Leave out what can best be missed until the table fits; the page and the JSON have it all."""
     unbounded = console.options.update(max_width=10_000)
-    for header in ("source", "slots", "features", "layer", "module"):
+    for header in ("source", "slots", "features", "layer", "module", "backend"):
         if Measurement.get(console, unbounded, table).maximum <= console.width:
             return
         table.columns = [column for column in table.columns if column.header != header]
@@ -62,6 +65,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
         yield ""
         yield sites_table(report)
         yield from notes(report)
+        yield from fallbacks(report)
         yield ""
         yield totals_line(report)
     else:
@@ -98,9 +102,12 @@ def sites_table(report: Report) -> Table:
     table = _table(
         "site", "", "layer", ">features", ">seeds", ">slots", "captured", ">cost", ">of layer", "source"
     )
+    if report.backends:
+        table.add_column("backend", no_wrap=True)
     if report.measured:
         table.add_column("measured", justify="right", no_wrap=True)
-    for sites in _grouped(report.plan.sites, _site_key):
+    key = lambda site: (_site_key(site), tuple(report.backends.get(site.path, {}).values()))  # noqa: E731
+    for sites in _grouped(report.plan.sites, key):
         site, cost = sites[0], cost_of(sites[0])
         row: list[str | Text] = [
             label_of([s.path for s in sites]),
@@ -114,6 +121,9 @@ def sites_table(report: Report) -> Table:
             percent(cost.share) if cost else "?",
             shorten(site.source),
         ]
+        if report.backends:
+            names = dict.fromkeys(name for name, _ in report.backends.get(site.path, {}).values())
+            row.append(" + ".join(names))
         if report.measured:
             times = [report.measured[s.path] for s in sites if s.path in report.measured]
             row.append(us_text(sum(times) / len(times)) if times else "")
@@ -126,6 +136,29 @@ def notes(report: Report) -> Iterator[Text]:
     noted = [site for site in report.plan.sites if site.note]
     for sites in _grouped(noted, lambda site: (numberless(site.path), site.note)):
         yield Text(f"{label_of([site.path for site in sites])}: {shorten(sites[0].note)}", "dim")
+
+
+def fallbacks(report: Report) -> Iterator[Text]:
+    """Which sites' seeds torch computes, and why: one line a reason."""
+    found: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
+    for site in report.plan.sites:
+        for blueprint, (backend, reason) in report.backends.get(site.path, {}).items():
+            if backend == "torch":
+                found[reason][blueprint].append(site)
+    for reason, by_blueprint in found.items():
+        where = [f"{name} of {_labels(sites, report)}" for name, sites in by_blueprint.items()]
+        yield Text(f"on torch: {'; '.join(where)}: {shorten(reason)}", "dim")
+
+
+def _labels(sites: list[Site], report: Report) -> str:
+    """The paths of sites, short."""
+    if len(sites) == len(report.plan.sites):
+        return "every site" if len(sites) > 1 else label_of([sites[0].path])
+    if len(sites) <= FEW:
+        return ", ".join(label_of([site.path]) for site in sites)
+    return ", ".join(
+        label_of([site.path for site in group]) for group in _grouped(sites, lambda s: numberless(s.path))
+    )
 
 
 def totals_line(report: Report) -> Text:

@@ -33,7 +33,8 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Examination(msgspec.Struct, frozen=True):
-    """Everything that doctor says. `versions` are None for what is not installed."""
+    """Everything that doctor says. `versions` are None for what is not installed; `blueprints`: what computes each
+    where kernels run."""
 
     versions: dict[str, str | None]
     platform: str
@@ -43,6 +44,7 @@ class Examination(msgspec.Struct, frozen=True):
     cache: str
     cache_writable: bool
     missing: list[str]
+    blueprints: dict[str, str] = {}
 
 
 def run(json: bool) -> int:
@@ -60,6 +62,7 @@ def examine() -> Examination:
     missing = [f"{name}: for {use}" for name, use in EXTRAS.items() if versions[name] is None]
     devices = [Device("cpu", platform.machine(), _memory(), f"{os.cpu_count()} cores")]
     backend, reason = "none", "torch is not installed: pip install torch"
+    blueprints: dict[str, str] = {}
     if versions["torch"] is not None:
         try:
             devices += _cuda_devices()
@@ -67,6 +70,7 @@ def examine() -> Examination:
             reason = f"torch can't be used: {error}"
         else:
             backend, reason = _backend()
+            blueprints = _blueprints()
     else:
         missing.insert(0, reason)
     if versions["triton"] is None:
@@ -77,7 +81,9 @@ def examine() -> Examination:
     writable = _writable(cache)
     if not writable:
         missing.append(f"a writable cache: {cache} is not; set MORPHC_CACHE_DIR")
-    return Examination(versions, platform.platform(), devices, backend, reason, str(cache), writable, missing)
+    return Examination(
+        versions, platform.platform(), devices, backend, reason, str(cache), writable, missing, blueprints
+    )
 
 
 def as_text(found: Examination) -> str:
@@ -89,6 +95,7 @@ def as_text(found: Examination) -> str:
         detail = f", {device.detail}" if device.detail else ""
         lines.append(f"{'device':18} {device.name}: {device.kind}{memory}{detail}")
     lines.append(f"{'backend':18} {found.backend} ({found.backend_reason})")
+    lines += [f"{'blueprint':18} {name}: {text}" for name, text in found.blueprints.items()]
     lines.append(f"{'cache':18} {found.cache}{'' if found.cache_writable else ' (not writable)'}")
     lines += [f"{'missing':18} {text}" for text in found.missing] or [f"{'missing':18} nothing"]
     return "\n".join(lines)
@@ -108,6 +115,13 @@ def _backend() -> tuple[str, str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return chosen("auto", device), why("auto", device)
+
+
+def _blueprints() -> dict[str, str]:
+    from morphc.kernels.blueprints import names
+    from morphc.kernels.site import coverage
+
+    return {name: coverage(name) for name in names()}
 
 
 def _cuda_devices() -> list[Device]:

@@ -380,6 +380,22 @@ def _replaced(bank: SlotBank) -> bool:
     return not all(map(is_, bank._parameters.values(), bank._bound.values()))
 
 
+def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
+    """What decides which kernels the bank runs."""
+    return SiteSpec(
+        bank.blueprint,
+        bank.blend,
+        bank.geometry,
+        site.features,
+        site.seeds,
+        bank.slots,
+        site.feature_axis,
+        BLENDS,
+        ISOLATED,
+        TRAINS,
+    )
+
+
 def op_specs(site: SeedSite) -> dict[str, str]:
     """What the ops of a traced graph take, by bank; nothing for banks that torch computes."""
     found = {}
@@ -387,18 +403,7 @@ def op_specs(site: SeedSite) -> dict[str, str]:
         param = bank.get_parameter(bank.names[0])
         if backend.unavailable(param.device) or site.backend == "torch":
             continue
-        spec = SiteSpec(
-            bank.blueprint,
-            bank.blend,
-            bank.geometry,
-            site.features,
-            site.seeds,
-            bank.slots,
-            site.feature_axis,
-            BLENDS,
-            ISOLATED,
-            TRAINS,
-        )
+        spec = spec_of_bank(site, bank)
         if not spec.refusal():
             found[name] = spec.text()
     return found

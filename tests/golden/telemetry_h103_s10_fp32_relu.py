@@ -580,6 +580,7 @@ def telemetry(
     ADD: tl.constexpr,
     SLIM: tl.constexpr,
     CLOCKED: tl.constexpr,
+    NOTIFIES: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -607,10 +608,13 @@ def telemetry(
     program has.
     y: act(x), with WRITE. ADD: to what the cells hold. measured: rows that were measured in all. With CLOCKED every
     program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. EARLY: it is
-    launched before the kernel ahead of it has ended, and waits for that.
+    launched before the kernel ahead of it has ended, and waits for that. NOTIFIES: the kernel behind it may be
+    launched once every program of this one runs.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if NOTIFIES:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     first = split * span

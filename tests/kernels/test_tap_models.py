@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -24,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import morphc
 from morphc import Config, Lifecycle
-from morphc.kernels import ops
+from morphc.kernels import ops, tap_step
+from morphc.kernels.compile import Resources, compile_all
+from morphc.kernels.site import coverage, spec_of
 from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
 
 
@@ -221,3 +224,63 @@ def test_a_checkpointed_layer() -> None:
     for name, value in expected.items():
         if not name.startswith(("fc2", "gate", "up")):
             assert torch.equal(found[name], value), name
+
+
+def test_the_report_names_the_backend_of_every_site_and_why_torch_has_it() -> None:
+    torch.manual_seed(0)
+    host = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 600), nn.ReLU(), nn.Linear(600, 16)
+    )
+    blueprint = ("bottleneck", "lowrank", "depthwise")
+    seeds = {"0": 4, "3": 2, "5": 4}
+    config = Config(blueprint=blueprint, seeds_per_layer=seeds, rank=3, backend="triton")
+    report = morphc.report(
+        morphc.compile(host.to(DEVICE), (torch.randn(2, 3, 4, 4).to(DEVICE),), config=config)
+    )
+    wide = "chunks of 300 features are wider than the 256 that a tile holds"
+    reasons = {
+        path: {name: reason for name, (_, reason) in found.items()} for path, found in report.backends.items()
+    }
+    assert reasons["0"]["lowrank"] == "blueprint 'lowrank' behind a convolution runs as convolutions"
+    assert reasons["0"]["bottleneck"] == ""
+    assert "neighbours" in reasons["0"]["depthwise"]
+    assert reasons["3"]["lowrank"] == wide
+    assert reasons["3"]["bottleneck"].startswith(wide)
+    assert reasons["5"] == {"bottleneck": "", "lowrank": ""}
+    for found in report.backends.values():
+        for name, reason in found.values():
+            assert name == ("torch" if reason else "triton")
+    text = str(report)
+    assert "triton + torch" in text
+    assert f"on torch: lowrank of 3: {wide}" in text
+    told = json.loads(report.to_json())["backends"]["5"]["lowrank"]
+    assert told == {"backend": "triton", "reason": ""}
+
+
+def test_the_report_gives_the_reason_that_holds_for_all_once() -> None:
+    host = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double()
+    for backend, reason in (
+        ("triton", "no kernel reads float64"),
+        ("torch", 'backend="torch" was asked for'),
+    ):
+        config = Config(seeds_per_layer=2, backend=backend)
+        model = morphc.compile(host.to(DEVICE), (torch.randn(2, 8).double().to(DEVICE),), config=config)
+        assert f"on torch: bottleneck of every site: {reason}" in str(morphc.report(model))
+
+
+def test_what_kernels_cover_of_each_blueprint() -> None:
+    assert coverage("affine") == coverage("bottleneck") == "kernels"
+    assert coverage("depthwise").startswith("torch: ")
+    for name in ("lowrank", "widen"):
+        assert coverage(name).startswith("linear layers: kernels; convolutions: torch: ")
+
+
+def test_the_step_compiles_without_spills() -> None:
+    (bank,) = [
+        bank for _, bank in morphc.seeds(compiled("widen, gated", blend="gate"))["fc2"].site.slots.items()
+    ]
+    size = {"features": 23, "seeds": 5, "slots": 4}
+    spec = spec_of("widen", bank.geometry, "gate", dtype=torch.bfloat16, walk="last", **size)
+    for result in compile_all(tap_step.jobs(spec, bank.geometry), processes=1):
+        assert isinstance(result, Resources), result
+        assert not result.problem
