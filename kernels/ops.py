@@ -48,9 +48,11 @@ class SiteSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the ops take."""
         return msgspec.json.encode(self, order="sorted").decode()
 
-    def refusal(self) -> str:
-        """Why there are no kernels for it, whatever the activations' type and walk; an empty string if there are."""
-        reason = refusal(spec_in(self.text(), torch.float32, "last"), self.geometry)
+    def refusal(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> str:
+        """Why there are no kernels for it, an empty string if there are. What float32 has, all types have
+        that kernels read.
+        """
+        reason = refusal(spec_in(self.text(), dtype, "last"), self.geometry, device)
         if not reason and self.axis != -1 and get(self.blueprint).tap != "chunk":
             return (
                 f"blueprint {self.blueprint!r} reads rows of features, and these lie along axis {self.axis}"
@@ -85,7 +87,7 @@ def kernels_of(text: str, like: Tensor, walk: Any) -> BankKernels | TapBankKerne
     spec, geometry = spec_in(text, like.dtype, walk), site_in(text).geometry
     found = bank_kernels(spec, geometry, like.device)
     if found is None:
-        raise UnsupportedKernelError(f"{spec.name} on {like.device}: {refusal(spec, geometry)}")
+        raise UnsupportedKernelError(f"{spec.name} on {like.device}: {refusal(spec, geometry, like.device)}")
     return found
 
 
@@ -110,7 +112,7 @@ for _schema in (
     "site_forward(Tensor y, Tensor active, Tensor[] params, str spec, bool save, bool isolated_only) "
     "-> (Tensor, Tensor)",
     "site_backward(Tensor grad, Tensor active, Tensor stash, Tensor[] params, str spec, bool isolated_only, "
-    "int[] shape, int[] strides) -> Tensor[]",
+    "SymInt[] shape, SymInt[] strides) -> Tensor[]",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from morphc.kernels import active, gradient, tap_join, tap_step, training, tuning
 from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
+from morphc.kernels.compile import SHARED_LIMITS
 from morphc.kernels.layout import View, Walk, view_of
 from morphc.kernels.reference.active_list import length
 from morphc.kernels.spec import KernelSpec
@@ -279,11 +280,24 @@ def spec_of(
     )
 
 
-def refusal(spec: KernelSpec, geometry: Geometry) -> str:
-    """Why torch computes such a bank, or an empty string where kernels do."""
+def refusal(spec: KernelSpec, geometry: Geometry, device: torch.device | None = None) -> str:
+    """Why torch computes such a bank on `device` (None: a GPU of today), or an empty string where kernels do."""
     if get(spec.blueprint).tap == "chunk":
         return active.refuses(spec) or gradient.refuses(spec)
-    return tap_join.refuses(spec, geometry)
+    return tap_join.refuses(spec, geometry, _shared(device))
+
+
+@lru_cache(maxsize=64)
+def _shared(device: torch.device | None) -> int:
+    """Bytes of shared memory that one program can have."""
+    usual = SHARED_LIMITS["cuda:90"]
+    if device is None or device.type != "cuda":
+        return usual
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return SHARED_LIMITS.get(f"hip:{name}", 1 << 16)
+    major, minor = torch.cuda.get_device_capability(device)
+    return SHARED_LIMITS.get(f"cuda:{major}{minor}", usual)
 
 
 def coverage(blueprint: str) -> str:
@@ -322,7 +336,7 @@ def bank_kernels(
     spec: KernelSpec, geometry: Geometry, device: torch.device
 ) -> BankKernels | TapBankKernels | None:
     """The kernels of a bank, or None where there are none and torch does it."""
-    if refusal(spec, geometry):
+    if refusal(spec, geometry, device):
         return None
     if get(spec.blueprint).tap == "chunk":
         return BankKernels(spec, device)

@@ -31,7 +31,7 @@ from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.blueprints.lowrank import LowRank
 from morphc.kernels.blueprints.widen import Widen
 from morphc.kernels.codegen import Source
-from morphc.kernels.compile import Job
+from morphc.kernels.compile import SHARED_LIMITS, Job
 from morphc.kernels.gradient import options_of, precision_of
 from morphc.kernels.layout import View
 from morphc.kernels.reference.activations import ACTIVATIONS
@@ -57,8 +57,18 @@ class TapShape(msgspec.Struct, frozen=True):
     activation: str = "identity"
 
 
-def refuses(spec: KernelSpec, geometry: Geometry) -> str:
-    """Why no kernel is made for a tap blueprint there, or an empty string."""
+def shared_bytes(spec: KernelSpec) -> int:
+    """Bound of a program's shared memory with the tiles of the rules below, measured: its out-weight as dots want it,
+    in parts for tf32x3, and once more where the backward makes s anew.
+    """
+    held = next_pow2(spec.chunk) * next_pow2(spec.rank)
+    if spec.blend in LINEAR_BLENDS:
+        return (10 if spec.dtype == "float32" else 3) * held + (16 << 10)
+    return (20 if spec.dtype == "float32" else 5) * held + (16 << 10)
+
+
+def refuses(spec: KernelSpec, geometry: Geometry, shared: int = SHARED_LIMITS["cuda:90"]) -> str:
+    """Why no kernel is made for a tap blueprint there, or an empty string. shared: bytes that a program can have."""
     if type(get(spec.blueprint)) not in (LowRank, Widen):
         return (
             f"blueprint {spec.blueprint!r} reads an input, and only lowrank and widen have kernels for that"
@@ -75,6 +85,8 @@ def refuses(spec: KernelSpec, geometry: Geometry) -> str:
         return f"chunks of {spec.chunk} features are wider than the {chunks.WIDEST} that a tile holds"
     if spec.rank > chunks.DEEPEST:
         return f"rank {spec.rank} is above the {chunks.DEEPEST} that a tile holds"
+    if shared_bytes(spec) > shared:
+        return f"{spec.dtype} weights of {spec.rank} units and {spec.chunk} features are more than a program holds"
     return ""
 
 
@@ -230,11 +242,19 @@ def _pointer(spec: KernelSpec) -> str:
 
 
 def config_of(spec: KernelSpec) -> TuneConfig:
-    """The forward's config by rule: chunks under 16 share a tile."""
-    group = max(1, min(16 // next_pow2(spec.chunk), 64 // next_pow2(spec.rank)))
-    wide = max(16, group * max(next_pow2(spec.chunk), next_pow2(spec.rank)))
-    rows = 64 if wide <= 64 else 32
-    return TuneConfig(rows, 0, num_warps=4 if wide <= 64 else 8, num_stages=2, group=group, programs=4)
+    """The forward's config by rule: chunks under 16 share a tile, and wide ones have low ones, since W_out and the
+    hidden values of all units are in registers."""
+    columns, units = next_pow2(spec.chunk), next_pow2(spec.rank)
+    group = max(1, min(16 // columns, 64 // units))
+    wide = max(16, group * max(columns, units))
+    full = spec.dtype == "float32"
+    if wide >= (128 if full else 256) or units >= 128:
+        rows, warps = 16, 8
+    elif wide > 64 or (full and columns >= 64 and units >= 64):
+        rows, warps = 32, 8
+    else:
+        rows, warps = 64, 4
+    return TuneConfig(rows, 0, num_warps=warps, num_stages=2, group=group, programs=4)
 
 
 def backward_config_of(spec: KernelSpec, shape: TapShape, target: str = "cuda:90") -> TuneConfig:

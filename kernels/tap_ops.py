@@ -21,7 +21,7 @@ for _schema in (
     "tap_forward(Tensor y, Tensor tap, Tensor active, Tensor[] params, str spec, bool save, bool isolated_only) "
     "-> (Tensor, Tensor, Tensor)",
     "tap_backward(Tensor grad, Tensor tap, Tensor active, Tensor z, Tensor stash, Tensor[] params, str spec, "
-    "bool isolated_only, bool wants_tap, int[] shape, int[] strides) -> Tensor[]",
+    "bool isolated_only, bool wants_tap, SymInt[] shape, SymInt[] strides) -> Tensor[]",
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]
 

@@ -32,5 +32,5 @@ def _backend(site: SeedSite, name: str, dtype: torch.dtype) -> Backend:
         return Backend("torch", reason)
     if dtype not in backend.KERNEL_DTYPES:
         return Backend("torch", f"no kernel reads {str(dtype).removeprefix('torch.')}")
-    reason = engine.spec_of_bank(site, bank).refusal()
+    reason = engine.spec_of_bank(site, bank).refusal(dtype, bank.owner.device)
     return Backend("torch", reason) if reason else Backend("triton")

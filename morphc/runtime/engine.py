@@ -404,7 +404,7 @@ def op_specs(site: SeedSite) -> dict[str, str]:
         if backend.unavailable(param.device) or site.backend == "torch":
             continue
         spec = spec_of_bank(site, bank)
-        if not spec.refusal():
+        if not spec.refusal(device=param.device):
             found[name] = spec.text()
     return found
 

@@ -289,3 +289,27 @@ def test_kernels_compile_without_spills():
     for job, result in zip(jobs, compile_all(jobs, processes=1), strict=True):
         assert isinstance(result, Resources), (job.function, result)
         assert not result.problem, (job.function, job.source.name, job.constants)
+
+
+def test_weights_that_no_program_holds_are_refused() -> None:
+    """Where they are not, the largest kernels fit into the shared memory of an H200."""
+    jobs = []
+    for dtype, kind, blend, chunk, rank in (
+        ("float32", "lowrank", "residual", 128, 128),
+        ("float32", "lowrank", "gate", 128, 64),
+        ("bfloat16", GATED, "gate", 256, 128),
+    ):
+        site = Site(
+            kind, blend, features=2 * chunk, seeds=2, rank=rank, rows=1, dtype=dtype, states=(L.GRAFTING,)
+        )
+        assert not kernels.refuses(site.spec, site.geometry)
+        shape = kernels.shape_of(site.spec, site.geometry)
+        jobs.append(kernels.join_job(site.spec, shape, kernels.config_of(site.spec)))
+        jobs.append(kernels.backward_jobs(site.spec, shape, kernels.backward_config_of(site.spec, shape))[0])
+        assert kernels.refuses(site.spec, site.geometry, shared=100_000)
+    for job, result in zip(jobs, compile_all(jobs, processes=1), strict=True):
+        assert isinstance(result, Resources), (job.function, result)
+        assert result.shared <= kernels.shared_bytes(job.source.spec), (job.function, job.source.name)
+    for blend, chunk, rank in (("residual", 256, 128), ("gate", 128, 128)):
+        site = Site("lowrank", blend, features=2 * chunk, seeds=2, rank=rank, rows=1, states=(L.GRAFTING,))
+        assert "more than a program holds" in kernels.refuses(site.spec, site.geometry)
