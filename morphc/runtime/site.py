@@ -153,7 +153,8 @@ class SeedSite(nn.Module):
         if not is_compiling() and type(y) is Tensor:
             ready = self.engine.ready.get(y.shape)
             if ready is not None and ready.holds(self, y):
-                self.block_input = None
+                if self.block_input is not None:  # setting an attribute of a module takes a microsecond
+                    self.block_input = None
                 return ready.join(self, y, self.mode is Mode.TRAINING, owned, early)
         if not isinstance(y, Tensor) or not y.is_floating_point() or y.is_nested or y.layout != torch.strided:
             return y
