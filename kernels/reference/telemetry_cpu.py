@@ -1,12 +1,11 @@
 """The telemetry of `telemetry.py` for tensors in host memory: the same sums, by few calls.
 
-Inside a training step every call finds its code and its data out of the caches, so what counts is how many
-calls there are, how often they go over the values, and how much they write beside them. Of a piece of the
-rows:
+What counts is how often they go over the values and how much they write beside them. Of a piece of the rows,
+which stays in the cache:
 
-    squares      summed down the columns without being stored, then over the chunks
-    peak         the larger of the largest and the negated least
-    zeros        comparisons, summed as bytes, 255 rows at a time
+    peak         the root of the largest square, which is |x| to the last bit
+    squares      summed down the columns, then over the chunks
+    zeros        none if the least square is none, else comparisons, summed as bytes
     total        sums of every chunk in a row, products with ones, summed over the rows,
     row_squares  and their squares likewise
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from morphc.kernels.dead import Interval, dead_values
+from morphc.kernels.dead import dead_values
 from morphc.kernels.reference.activations import (
     DEAD_BELOW_ZERO,
     DEAD_FAR_BELOW_ZERO,
@@ -43,7 +42,7 @@ PIECE_ROWS = 1024
 BYTE = 255
 """As many ones can be counted in a byte."""
 
-SHORT_ROW = 512
+SHORT_ROW = 1024
 """Rows of fewer features are laid side by side where there are many, as a pass also costs per row."""
 
 ONE_THREAD = 8192
@@ -52,11 +51,14 @@ ONE_THREAD = 8192
 UNROLLED = 4
 """Up to this width the largest of a chunk is found slice by slice: short reductions cost per result."""
 
-HUGE = 1e25
-"""Up to this sum of squares of a column no sum leaves the range of float32, so that no call warns of it."""
+HUGE = 1e12
+"""Up to this peak no sum leaves the range of float32."""
 
 FEW = 16
 """So many float32 can be summed in a row without a digit lost that counts."""
+
+LINE = 64
+"""Bytes of a cache line. Rows that begin within one are read and written half as fast."""
 
 ZERO = np.zeros((), np.float32)
 """A Python number would be converted every time."""
@@ -69,6 +71,10 @@ Ints = NDArray[np.int64]
 Array = NDArray[Any]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 RowProduct = tuple[slice | None, tuple[int, ...], Array | None, Array]
+
+# `np.einsum` without the layers of Python above it, which take as long as the sums of a small piece.
+_multiarray: Any = getattr(np, "_core", None) or np.core  # numpy 1 has no `_core`
+einsum: Callable[..., Array] = getattr(_multiarray.multiarray, "c_einsum", np.einsum)
 
 
 class Run(NamedTuple):
@@ -137,6 +143,62 @@ def center_of(shift: Floats, cut: Cut, dtype: np.dtype[Any]) -> Array | None:
     return shift.repeat(cut.widths).astype(dtype) if shift.any() else None
 
 
+def aligned(shape: tuple[int, ...], kind: Any) -> Array:
+    """Zeros that begin at a cache line."""
+    bytes_ = math.prod(shape) * np.dtype(kind).itemsize
+    memory = np.zeros(bytes_ + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    found: Array = memory[first : first + bytes_].view(kind).reshape(shape)
+    return found
+
+
+class Dead(NamedTuple):
+    """What counts as dead: |act(x)| <= near_zero.
+
+    stored: `bfloat16` or `float16`, where x are copies of values of that type; act(x) is rounded to it. That is told
+    by intervals of x, of which there are few.
+    """
+
+    epilogue: str | None
+    near_zero: float
+    stored: str = ""
+
+    @property
+    def rounded(self) -> bool:
+        """Whether only the intervals say it."""
+        return bool(self.epilogue and self.stored)
+
+    @property
+    def far(self) -> float:
+        """A bound above which the function is zero at zero only; 0 where there is none below it either."""
+        return 0.0 if self.rounded else DEAD_FAR_BELOW_ZERO.get(self.epilogue or "identity", 0.0)
+
+    @property
+    def below(self) -> bool:
+        """Whether x <= 0 says it."""
+        return not self.rounded and self.near_zero == 0.0 and self.epilogue in DEAD_BELOW_ZERO
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether x == 0 says it, but for what lies below `far`."""
+        only = self.epilogue is None or self.epilogue in DEAD_ONLY_AT_ZERO or self.far < 0.0
+        return not self.rounded and self.near_zero == 0.0 and only
+
+    def of(self, x: Array) -> Array:
+        """By the function itself."""
+        if self.rounded:
+            within = np.zeros(x.shape, bool)
+            for low, high in dead_values(self.epilogue, self.near_zero, self.stored):
+                inside = np.less_equal(x, high)
+                if low > -math.inf:
+                    np.logical_and(inside, np.greater_equal(x, low), inside)
+                np.logical_or(within, inside, within)
+            return within
+        value = x if self.epilogue is None else activation(self.epilogue)(torch.from_numpy(x)).numpy()
+        found: Array = np.less_equal(np.absolute(value), self.near_zero)
+        return found
+
+
 class _Kept(threading.local):
     """What a thread reuses: fresh memory of this size would be paged in every time."""
 
@@ -148,7 +210,7 @@ class _Kept(threading.local):
         size, key = math.prod(shape), (name, np.dtype(kind))
         found = self.arrays.get(key)
         if found is None or len(found) < size:
-            found = self.arrays[key] = np.empty(max(size, PIECE_ELEMENTS), kind)
+            found = self.arrays[key] = aligned((max(size, PIECE_ELEMENTS),), kind)
         return found[:size].reshape(shape)
 
     def meter(self, *key: Any) -> Meter:
@@ -163,37 +225,20 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def meter_of(
-    rows: int,
-    features: int,
-    seeds: int,
-    wide: np.dtype[Any],
-    epilogue: str | None,
-    near_zero: float,
-    stored: str = "",
-) -> Meter:
-    """What measures [rows, F] for the calling thread; to be used before it is asked for another.
-
-    stored: `bfloat16` or `float16`, where the values are copies of an activation of that type.
-    """
-    abreast = 1
-    if rows >= SHORT_ROW and features % seeds == 0:  # side by side, equal chunks are an equal split again
-        abreast = _divisor(rows, SHORT_ROW // features)
-    return _kept.meter(rows, features, seeds, abreast, wide, epilogue, near_zero, stored)
+def meter_of(rows: int, features: int, seeds: int, wide: np.dtype[Any], dead: Dead) -> Meter:
+    """What measures [rows, F] for the calling thread; to be used before it is asked for another."""
+    return _kept.meter(rows, features, seeds, wide, dead)
 
 
 class Piece(NamedTuple):
     """Some of the rows, and where what is found of their columns and chunks goes."""
 
     rows: slice
-    squares: Array
+    changed: Array
     most: Array
-    least: Array
-    dead: Array
+    squares: Array
     mask: Array
     mask_bytes: tuple[Array, ...]
-    dead_bytes: Array
-    centered: Array
     row_products: list[RowProduct]
     row_sums: list[Call]
     single_total: Array | None
@@ -202,31 +247,18 @@ class Piece(NamedTuple):
 class Meter:
     """Measures activations of one shape.
 
-    `moments` [4, S] (total, squares, row squares, zeros) and `peak` [S] are what the last one gave. What is
-    to be done with the meter's own arrays is written down once, as calls.
+    `moments` [2, 2, S] ((total, row squares), (squares, zeros)) and `peak` [S] are what the last one gave. What
+    is to be done with the meter's own arrays is written down once, as calls.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        features: int,
-        seeds: int,
-        abreast: int,
-        wide: np.dtype[Any],
-        epilogue: str | None,
-        near_zero: float,
-        stored: str,
-    ) -> None:
-        self.epilogue, self.near_zero = epilogue, near_zero
-        # What is rounded to 16 bits behind the epilogue is told by the values before it, of which there are few.
-        self.intervals = dead_values(epilogue, near_zero, stored) if epilogue and stored else None
-        self.far = DEAD_FAR_BELOW_ZERO.get(epilogue or "identity", 0.0)
-        self.dead_below = near_zero == 0.0 and epilogue in DEAD_BELOW_ZERO
-        at_zero = epilogue is None or epilogue in DEAD_ONLY_AT_ZERO or self.far < 0.0
-        self.dead_at_zero = near_zero == 0.0 and at_zero
-        self.wide, self.abreast = wide, abreast
-
-        rows, features, seeds = rows // abreast, features * abreast, seeds * abreast
+    def __init__(self, rows: int, features: int, seeds: int, wide: np.dtype[Any], dead: Dead) -> None:
+        self.dead, self.wide = dead, wide
+        self.below, self.at_zero = dead.below, dead.at_zero
+        self.tiny = float(np.finfo(wide).tiny)  # less may be a square that lost its digits
+        self.abreast = 1
+        if rows >= SHORT_ROW // 2 and features % seeds == 0:  # side by side, equal chunks are equal again
+            self.abreast = _divisor(rows, SHORT_ROW // features)
+        rows, features, seeds = rows // self.abreast, features * self.abreast, seeds * self.abreast
         self.shape = rows, features
         pieces = -(-rows // max(1, min(PIECE_ROWS, PIECE_ELEMENTS // features)))
         size = -(-rows // pieces)
@@ -239,42 +271,48 @@ class Meter:
         # One piece's sums are those of the whole. Many are added up in float64.
         several = len(starts) > 1
         total = np.dtype(np.float64) if len(starts) > FEW else wide
-        self.moments, self.peak = np.zeros((4, seeds), total), np.zeros(seeds, wide)
-        self.columns = np.zeros((2, features), total) if wider else self.moments[1::2]
-        self.piece_columns = np.zeros((len(starts), 2, features), wide) if several else self.columns[None]
-        self.extremes = np.zeros((2, len(starts), features), wide)
-        self.largest = np.zeros(features, wide) if wider else self.peak
-        self.piece_moments = np.zeros((len(starts), 2, seeds), wide) if several else self.moments[None, 0::2]
+        self.moments, self.peak = aligned((2, 2, seeds), total), aligned((seeds,), wide)
+        self.columns = aligned((2, features), total) if wider else self.moments[1]
+        self.piece_squares = aligned((len(starts), features), wide) if several else self.columns[:1]
+        most = aligned((len(starts), features), wide) if several or wider else self.peak[None]
+        self.piece_most, self.largest = most, most[0] if wider else self.peak
+        self.piece_moments = aligned((len(starts), 2, seeds), wide) if several else self.moments[:1]
         self.pieces = [
             self._piece(index, slice(start, min(start + size, rows)), wider, summed)
             for index, start in enumerate(starts)
         ]
-        self.folds = list(self._fold_extremes(several))
+        self.dead_bytes = aligned((features,), np.uint8)
+        self.any_dead = False
+        self.peak_folds = [call for run in runs if wider for call in self._fold_peak(run)]
+        self.folds: list[Call] = []
         if several:
-            self.folds.append((np.add.reduce, (self.piece_columns, 0, total, self.columns)))
-            self.folds.append((np.add.reduce, (self.piece_moments, 0, total, self.moments[0::2])))
+            self.folds.append((np.add.reduce, (self.piece_squares, 0, total, self.columns[0])))
+            self.folds.append((np.add.reduce, (self.piece_moments, 0, total, self.moments[0])))
         for run in runs:
             self.folds.extend(self._fold_wide(run) if run.width > 1 else self._fold_single(run, not wider))
-        if abreast > 1:
-            moments, peak = self.moments.reshape(4, abreast, -1), self.peak.reshape(abreast, -1)
-            self.moments, self.peak = np.zeros_like(moments[:, 0]), np.zeros_like(peak[0])
-            self.folds.append((np.add.reduce, (moments, 1, None, self.moments)))
+        self.inner_peak = self.peak
+        if self.abreast > 1:
+            moments, peak = self.moments.reshape(2, 2, self.abreast, -1), self.peak.reshape(self.abreast, -1)
+            self.moments, self.peak = np.zeros_like(moments[:, :, 0]), np.zeros_like(peak[0])
+            self.folds.append((np.add.reduce, (moments, 2, None, self.moments)))
             self.folds.append((np.maximum.reduce, (peak, 0, None, self.peak)))
 
+    @np.errstate(invalid="ignore", over="ignore")
     def measure(self, x: Array, center: Array | None) -> bool:
         """x: [rows, F] around `center` [F]. False, with nothing found, where a value is not finite or huge."""
-        if self.abreast > 1:
-            x = x.reshape(self.shape)
-            center = None if center is None else np.tile(center, self.abreast)
+        x = x.reshape(self.shape)
+        if center is not None:
+            center = np.tile(center, self.abreast)
+        if self.any_dead:
+            self.columns[1].fill(0)
+            self.any_dead = False
         for piece in self.pieces:
-            part = x[piece.rows]
-            np.maximum.reduce(part, 0, None, piece.most)
-            np.minimum.reduce(part, 0, None, piece.least)
-            main = part if center is None else np.subtract(part, center, piece.centered)
-            np.einsum("rc,rc->c", main, main, out=piece.squares)
-            if not np.maximum.reduce(piece.squares) < HUGE:
-                return False
-            self._count_dead(part, piece)
+            part, changed = x[piece.rows], piece.changed
+            (np.square if center is None else np.absolute)(part, changed)
+            np.maximum.reduce(changed, 0, None, piece.most)
+            if not (self.at_zero and np.minimum.reduce(changed, None) >= self.tiny):
+                self._count_dead(part, piece)
+            main = part if center is None else np.subtract(part, center, changed)
             for features, shape, ones, out in piece.row_products:
                 values = (main if features is None else main[:, features]).reshape(shape)
                 if ones is None:
@@ -285,6 +323,13 @@ class Meter:
                 function(*operands)
             if self.single:
                 np.add.reduce(main[:, self.single], 0, None, piece.single_total)
+            if center is not None:
+                np.square(changed, changed)
+            np.add.reduce(changed, 0, None, piece.squares)
+        if not self._find_peak(x, squared=center is None) < HUGE:
+            return False
+        if self.dead.far and self.at_zero:
+            self._dead_far_below(x, squared=center is None)
         for function, operands in self.folds:
             function(*operands)
         return True
@@ -294,42 +339,34 @@ class Meter:
         mask = _kept.array("mask", (count, features), np.bool_)
         blocks = -(-count // BYTE)
         in_rows = _kept.array("in_rows", (2, count, summed), self.wide)
-        squares, dead = self.piece_columns[index]
         sums = self.piece_moments[index]
         return Piece(
             rows=rows,
-            squares=squares,
-            most=self.extremes[0, index],
-            least=self.extremes[1, index],
-            dead=dead,
+            changed=_kept.array("changed", (count, features), self.wide),
+            most=self.piece_most[index],
+            squares=self.piece_squares[index],
             mask=mask,
             mask_bytes=tuple(mask[first::blocks].view(np.uint8) for first in range(blocks)),
-            dead_bytes=np.zeros(features, np.uint8),
-            centered=_kept.array("centered", (count, features), self.wide),
             row_products=[_row_product(part, in_rows[0], features) for run in wider for part in run.parts()],
             row_sums=_row_sums(in_rows, sums[:, :summed]) if wider else [],
             single_total=sums[0, summed:] if self.single else None,
         )
 
-    def _fold_extremes(self, several: bool) -> Iterator[Call]:
-        most, least = self.extremes[:, 0]
-        if several:
-            yield np.maximum.reduce, (self.extremes[0], 0, None, most)
-            yield np.minimum.reduce, (self.extremes[1], 0, None, least)
-        yield np.negative, (least, least)
-        yield np.maximum, (most, least, self.largest)
-
-    def _fold_wide(self, run: Run) -> Iterator[Call]:
+    def _fold_peak(self, run: Run) -> Iterator[Call]:
         largest, out = self.largest[run.features].reshape(run.chunks, run.width), self.peak[run.seeds]
-        if run.width > UNROLLED:
+        if run.width == 1:
+            yield np.copyto, (out, largest[:, 0])
+        elif run.width > UNROLLED:
             yield np.maximum.reduce, (largest, 1, None, out)
         else:
             yield np.maximum, (largest[:, 0], largest[:, 1], out)
             for column in range(2, run.width):
                 yield np.maximum, (out, largest[:, column], out)
+
+    def _fold_wide(self, run: Run) -> Iterator[Call]:
         for part in run.parts():
             columns = self.columns[:, part.features].reshape(2, part.chunks, part.width)
-            sums = self.moments[1::2, part.seeds]
+            sums = self.moments[1][:, part.seeds]
             if part.width > ONE_THREAD:
                 yield np.add.reduce, (columns, -1, None, sums)
             else:
@@ -337,37 +374,46 @@ class Meter:
 
     def _fold_single(self, run: Run, alone: bool) -> Iterator[Call]:
         if not alone:
-            yield np.copyto, (self.peak[run.seeds], self.largest[run.features])
-            yield np.copyto, (self.moments[1::2, run.seeds], self.columns[:, run.features])
-        yield np.copyto, (self.moments[2, run.seeds], self.moments[1, run.seeds])
+            yield np.copyto, (self.moments[1][:, run.seeds], self.columns[:, run.features])
+        yield np.copyto, (self.moments[0, 1, run.seeds], self.moments[1, 0, run.seeds])
+
+    def _find_peak(self, x: Array, squared: bool) -> Any:
+        """The largest of all, after the pieces found the squares, or the absolute values, of the largest."""
+        peak = self.inner_peak
+        if len(self.piece_most) > 1:
+            np.maximum.reduce(self.piece_most, 0, None, self.largest)
+        for function, operands in self.peak_folds:
+            function(*operands)
+        if squared and np.minimum.reduce(peak) < self.tiny:  # squares lost their digits: once more without
+            np.maximum.reduce(np.absolute(x), 0, None, self.largest)
+            for function, operands in self.peak_folds:
+                function(*operands)
+            if self.largest is not peak:
+                np.square(self.largest, self.largest)
+        elif squared:
+            np.sqrt(peak, peak)
+        return np.maximum.reduce(peak)
 
     def _count_dead(self, x: Array, piece: Piece) -> None:
-        """How many of each column are dead behind the epilogue."""
-        if self.intervals is not None:
-            _mask_intervals(x, self.intervals, piece.mask)
-            _sum_mask(piece)
-        elif self.dead_below:
-            np.less_equal(x, ZERO, piece.mask)
-            _sum_mask(piece)
-        elif self.dead_at_zero:
-            np.equal(x, ZERO, piece.mask)
-            if np.logical_or.reduce(piece.mask, None):
-                _sum_mask(piece)
-            else:
-                piece.dead.fill(0)
-            if self.far and np.minimum.reduce(piece.least) < self.far:
-                self._dead_far_below(x, piece)
+        """How many of each column are dead behind the epilogue; summing bytes as bytes is the fastest."""
+        if self.below or self.at_zero:
+            (np.less_equal if self.below else np.equal)(x, ZERO, piece.mask)
         else:
-            value = x if self.epilogue is None else activation(self.epilogue)(torch.from_numpy(x)).numpy()
-            np.less_equal(np.absolute(value), self.near_zero, piece.mask)
-            _sum_mask(piece)
+            np.copyto(piece.mask, self.dead.of(x))
+        dead = self.columns[1]
+        for block in piece.mask_bytes:
+            einsum("rc->c", block, out=self.dead_bytes)
+            np.add(dead, self.dead_bytes, dead)
+        self.any_dead = True
 
-    def _dead_far_below(self, x: Array, piece: Piece) -> None:
-        """Columns that reach below `far` need the function itself; they are few."""
-        chosen = np.flatnonzero(piece.least < self.far)
-        if self.epilogue is not None:
-            after = activation(self.epilogue)(torch.from_numpy(x[:, chosen]))
-            piece.dead[chosen] = (after == 0).sum(0).numpy()
+    def _dead_far_below(self, x: Array, squared: bool) -> None:
+        """Columns that may reach below `far` need the function itself; they are few."""
+        far = -self.dead.far
+        bound = far * far if squared and self.largest is not self.inner_peak else far
+        chosen = np.flatnonzero(self.largest > bound)
+        if len(chosen):
+            self.columns[1][chosen] = self.dead.of(x[:, chosen]).sum(0)
+            self.any_dead = True
 
 
 def _row_product(part: Run, out: Array, features: int) -> RowProduct:
@@ -397,26 +443,6 @@ def _row_sums(in_rows: Array, sums: Array) -> list[Call]:
     else:
         calls.append((np.add.reduce, (in_rows, 1, None, sums)))
     return calls
-
-
-def _mask_intervals(x: Array, intervals: tuple[Interval, ...], mask: Array) -> None:
-    """mask: where x lies in one of them."""
-    mask.fill(False)
-    for low, high in intervals:
-        inside = np.less_equal(x, high)
-        if low > -math.inf:
-            np.logical_and(inside, np.greater_equal(x, low), inside)
-        np.logical_or(mask, inside, mask)
-
-
-def _sum_mask(piece: Piece) -> None:
-    """Summing bytes as bytes is ten times as fast as summing them as anything wider."""
-    first, *others = piece.mask_bytes
-    np.add.reduce(first, 0, np.uint8, piece.dead_bytes)
-    piece.dead[:] = piece.dead_bytes
-    for block in others:
-        np.add.reduce(block, 0, np.uint8, piece.dead_bytes)
-        np.add(piece.dead, piece.dead_bytes, piece.dead)
 
 
 def _divisor(number: int, most: int) -> int:

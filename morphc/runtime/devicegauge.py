@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class DeviceGauge:
     """A place in a state on a device, and the sums that are on their way there.
 
     It answers to the same calls as `Gauge`: `read` gives the activation if it is laid out as the one before, else
-    None; `prepare` takes any; `add` measures.
+    None; `add` measures it; `settle` hands the sums on.
     """
 
     __slots__ = (
@@ -104,13 +104,20 @@ class DeviceGauge:
             self.kernels.merge(self.cells, self.sums, self.counts, self.offset)
 
 
+class Settling(Protocol):
+    """A gauge of either kind."""
+
+    def settle(self) -> None:
+        """Hand what was measured to the state."""
+
+
 class Pending:
     """The gauges of one state whose sums may not be in it yet. Never copied or pickled: a copy begins with none."""
 
     __slots__ = ("gauges",)
 
     def __init__(self) -> None:
-        self.gauges: weakref.WeakSet[DeviceGauge] = weakref.WeakSet()
+        self.gauges: weakref.WeakSet[Settling] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[Pending], tuple[()]]:
         return Pending, ()
@@ -120,5 +127,5 @@ class Pending:
 
     def settle(self) -> None:
         """Bring the state up to date."""
-        for gauge in self.gauges:
+        for gauge in tuple(self.gauges):  # another thread may add one
             gauge.settle()

@@ -84,10 +84,11 @@ class SeedState(nn.Module):
         self.window = 0
         self.pending = Pending()
         self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
-        """Bring `sums` and `counts` up to date with what kernels have measured. Launches, and waits for nothing."""
+        """Bring `sums` and `counts` up to date with what was measured or put aside. Waits for no device."""
         self.pending.settle()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def center_host(kept: Floats, counts: Ints, values: Array, seeds: int) -> Array 
     return center_of(shift, cut, values.dtype)
 
 
-def _settle(state: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _settle(state: nn.Module, *_: object) -> None:
     assert isinstance(state, SeedState)
     state.settle()
 

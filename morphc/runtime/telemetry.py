@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from threading import get_ident
+from ctypes import memmove
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from morphc.kernels.reference.health import (
     ZEROS,
 )
 from morphc.kernels.reference.telemetry import Sums, as_rows, measure
-from morphc.kernels.reference.telemetry_cpu import Array, meter_of
+from morphc.kernels.reference.telemetry_cpu import Array, Dead, aligned, meter_of
 from morphc.runtime.devicegauge import DeviceGauge
 from morphc.runtime.state import center_host, merge
 
@@ -32,10 +33,19 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _tracing = torch._C._get_tracing_state
 _transforming = torch._C._functorch.peek_interpreter_stack
 
-HOST_TYPES = (torch.float32, torch.float64)
+HOST_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
 """What numpy reads as it is."""
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
+
+STAGED_ELEMENTS = 1 << 16
+"""An activation of more is measured at once."""
+
+LEAST_STAGED, MOST_STAGED = 16, 32
+"""So many small activations are measured together, by their size."""
+
+OFTEN = 4
+"""A site that measures less often than every so many forwards puts nothing aside, and needs no memory for it."""
 
 _library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -82,80 +92,119 @@ class Place(NamedTuple):
 
 
 class Gauge:
-    """A place in a state in host memory, and what is remembered from one activation to the next."""
+    """A place in a state in host memory, and what is on its way there.
+
+    Inside a training step the code that measures is out of the caches, and a small activation costs less to copy
+    than to measure. So where telemetry is taken often, small ones are put aside, one behind the other as `staged`
+    [rows, F], and measured together: as soon as there are enough, when the state is read, or when one comes that
+    is laid out otherwise. None is left out.
+    """
 
     __slots__ = (
+        "__weakref__",
+        "address",
         "center",
+        "centered",
+        "dead",
         "epilogue",
+        "filled",
         "given",
         "kept",
         "kind",
-        "meter",
+        "lock",
         "moments",
+        "often",
         "peak",
         "place",
         "rows",
+        "size",
+        "slots",
+        "staged",
         "state",
-        "stored",
         "sums",
-        "thread",
         "window",
     )
 
-    def __init__(self, sums: Tensor, counts: Tensor, place: Place) -> None:
-        self.sums, self.state = sums, (sums, counts, place)
+    def __init__(self, sums: Tensor, counts: Tensor, place: Place, often: bool = False) -> None:
+        self.sums, self.state, self.often = sums, (sums, counts, place), often
         self.place, self.epilogue = place, place.epilogue
         self.kept = sums.numpy()[:, place.rows], counts.numpy()[:, place.rows]
-        self.moments, self.peak, self.rows = (
-            self.kept[0][SUM : ZEROS + 1],
-            self.kept[0][PEAK],
-            self.kept[1][ROWS],
-        )
-        self.given: tuple[int, ...] = ()
-        self.kind: np.dtype[Any] | None = None
-        self.stored = torch.float32
+        self.moments = self.kept[0][SUM : ZEROS + 1].reshape(2, 2, -1).transpose(1, 0, 2)  # as a meter's
+        self.peak, self.rows = self.kept[0][PEAK], self.kept[1][ROWS]
+        self.given: torch.Size | None = None
+        self.window = self.centered = -1
+        self.filled = self.slots = self.size = self.address = 0
         self.center: Array | None = None
+        self.staged: Array | None = None
+        self.lock = Lock()
 
-    def read(self, y: Tensor) -> Array | None:
-        """The values of `y`; None if it is not laid out as the activation before, for this thread."""
+    def read(self, y: Tensor) -> Tensor | None:
+        """`y`, if it is laid out as the activation before."""
         try:
-            values: Array = y.detach().numpy()
-        except (TypeError, RuntimeError):
-            return None  # sparse, nested, on a device, of a type that numpy lacks
-        if values.shape != self.given or values.dtype is not self.kind or get_ident() != self.thread:
-            return None
-        return values if len(self.given) == 2 else values.reshape(-1, self.given[-1])
+            same = y.shape == self.given and y.dtype is self.kind and y.is_cpu and y.is_contiguous()
+        except RuntimeError:
+            return None  # a layout without strides
+        return y if same and not y.is_neg() else None
 
-    def prepare(self, y: Tensor) -> Array | Tensor:
-        """The rows of `y` [rows, F], after which activations like it can be read at once."""
+    def prepare(self, y: Tensor) -> Array:
+        """The rows of `y` [rows, F], after which activations like it can be read."""
+        rows = as_rows(y.detach(), self.place.axis)
+        with self.lock:
+            self._settle()
+            as_it_is = y.dtype in HOST_TYPES
+            last = self.place.axis % y.dim() == y.dim() - 1
+            self.given, self.kind = y.shape if last and as_it_is else None, y.dtype
+            stored = "" if as_it_is or y.dtype not in HALF_TYPES else str(y.dtype).removeprefix("torch.")
+            self.dead = Dead(self.epilogue, self.place.near_zero, stored)
+            self.size, self.staged, self.centered = y.nbytes, None, -1
+            small = self.often and y.numel() <= STAGED_ELEMENTS
+            fitting = 4 * STAGED_ELEMENTS // y.numel()
+            self.slots = min(MOST_STAGED, max(LEAST_STAGED, fitting)) if small else 0
+        values: Array = (rows if as_it_is else rows.float()).numpy()
+        return values
+
+    def add(self, y: Tensor, window: int) -> None:
+        """Measure `y` now or later. `window` changes whenever the state's sums are set."""
+        if not self.slots:
+            self.measure(as_rows(y.detach(), -1).numpy(), window)
+            return
+        with self.lock:
+            if self.window != window:
+                self.window, self.filled = window, 0
+            if self.staged is None:
+                rows = y.numel() // y.shape[-1]
+                self.staged = aligned((self.slots * rows, y.shape[-1]), HOST_TYPES[y.dtype])
+                self.address = self.staged.ctypes.data
+            memmove(self.address + self.filled * self.size, y.data_ptr(), self.size)
+            self.filled += 1
+            if self.filled == self.slots:
+                self._settle()
+
+    def settle(self) -> None:
+        """Hand what was put aside to the state."""
+        with self.lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        filled, self.filled = self.filled, 0
+        if filled and self.staged is not None:
+            self.measure(self.staged[: filled * len(self.staged) // self.slots], self.window)
+
+    def measure(self, values: Array, window: int) -> None:
+        """values: [rows, F]."""
         place = self.place
-        rows = as_rows(y.detach(), place.axis)
-        x: Array | Tensor = rows.numpy() if y.dtype in HOST_TYPES else rows
-        last = place.axis % y.dim() == y.dim() - 1
-        wide = np.dtype(np.float64 if y.dtype == torch.float64 else np.float32)
-        self.given, self.kind = tuple(y.shape) if last else (), wide
-        self.thread, self.stored = get_ident(), y.dtype
-        stored = str(y.dtype).removeprefix("torch.") if y.dtype in HALF_TYPES else ""
-        self.meter = meter_of(
-            rows.shape[0], rows.shape[1], place.seeds, wide, place.epilogue, place.near_zero, stored
-        )
-        self.window = -1  # the center is of the type that sums are formed in
-        return x
-
-    def add(self, x: Array | Tensor, window: int) -> None:
-        """x: [rows, F] as read or prepared. `window` changes whenever the state's sums are set."""
-        values: Array = x.float().numpy() if isinstance(x, Tensor) else x
-        if self.window != window:
-            self.center = center_host(*self.kept, values, self.place.seeds)
-            self.window = window
-        meter = self.meter
+        if self.centered != window:
+            self.center = center_host(*self.kept, values, place.seeds)
+            self.centered = window
+        rows, features = values.shape
+        meter = meter_of(rows, features, place.seeds, values.dtype, self.dead)
         if meter.measure(values, self.center):
             np.add(self.moments, meter.moments, self.moments)
             np.maximum(self.peak, meter.peak, self.peak)
             np.add(self.rows, len(values), self.rows)
         else:
-            _add_any(torch.from_numpy(values), *self.state, self.stored)
-            self.window = -1
+            _add_any(torch.from_numpy(values), *self.state, self.kind)
+            self.centered = -1
 
 
 def accumulate(site: SeedSite, y: Tensor) -> bool:
@@ -186,8 +235,11 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
         _add_any(as_rows(y.detach(), place.axis), sums, state.counts, place)
         return True
     if not known or not isinstance(gauge, Gauge):
-        gauge = site.pulse.gauge = Gauge(sums, state.counts, place)
-    gauge.add(gauge.prepare(y), state.window)
+        if gauge is not None:
+            gauge.settle()
+        gauge = site.pulse.gauge = Gauge(sums, state.counts, place, often=site.pulse.every <= OFTEN)
+        state.pending.gauges.add(gauge)
+    gauge.measure(gauge.prepare(y), state.window)
     return True
 
 
@@ -255,7 +307,7 @@ def _watch(
     place = Place(offset, seeds, axis, epilogue or None, near_zero)
     if y.is_cpu and sums.is_cpu:
         gauge = Gauge(sums, counts, place)
-        gauge.add(gauge.prepare(y), 0)
+        gauge.measure(gauge.prepare(y), 0)
     else:
         _add_any(as_rows(y, axis), sums, counts, place)
 

@@ -136,6 +136,48 @@ def test_near_zero_sets_another_threshold():
     torch.testing.assert_close(seeds_of(host).telemetry()["dead_fraction"], want)
 
 
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("forwards", [1, 2, 17, 18, 40])
+def test_small_activations_that_are_put_aside_are_all_measured_with_their_own_values(every, forwards):
+    host, store = on_layer(nn.Identity(), 24, 5, telemetry_every=every)
+    seen = []
+    for step in range(forwards):
+        x = torch.randn(12, 24) * (1 + step) + 3
+        if step % every == 0:
+            seen.append(x.clone())
+        host(x).zero_()  # what is done to the activation behind the site is not seen
+    found, want = seeds_of(host).telemetry(), health64(torch.cat(seen), 5)
+    for name in ("count", "mean", "dead_fraction", "peak", "variance"):
+        close(found, want, name)
+    assert store.state.counts[ROWS].tolist() == [12 * len(seen)] * 5
+
+
+def test_a_change_of_shape_or_a_value_that_is_not_finite_loses_nothing_put_aside():
+    host, store = on_layer(nn.Identity(), 8, 2, telemetry_every=1)
+    for rows in (4, 4, 4, 6, 6, 4):
+        host(torch.randn(rows, 8))
+    x = torch.randn(4, 8)
+    x[1, 2] = torch.inf
+    host(x)
+    found = seeds_of(host).telemetry()
+    assert store.state.counts[ROWS].tolist() == [32, 32]
+    assert found["nonfinite"].tolist() == [1, 0]
+
+
+def test_what_was_put_aside_is_saved_but_not_added_to_what_is_loaded():
+    host, store = on_layer(nn.Identity(), 8, 2, telemetry_every=1)
+    for _ in range(3):
+        host(torch.randn(4, 8))
+    saved = {name: value.clone() for name, value in store.state.state_dict().items()}
+    assert saved["counts"][ROWS].tolist() == [12, 12]
+    for _ in range(5):
+        host(torch.randn(4, 8))
+    store.state.load_state_dict(saved)
+    found = seeds_of(host).telemetry()
+    assert store.state.counts[ROWS].tolist() == [12, 12]
+    assert found["count"].tolist() == [48, 48]
+
+
 def test_every_sixteenth_training_forward_is_measured_and_eval_adds_nothing():
     host, store = on_layer(nn.Identity(), 8, 2, telemetry_every=16)
     for _ in range(33):
@@ -199,6 +241,7 @@ def test_two_runs_agree_bit_for_bit():
         generator = torch.Generator().manual_seed(3)
         for _ in range(5):
             host(torch.randn(700, 103, generator=generator))
+        store.state.settle()
         return store.state.sums.clone()
 
     assert torch.equal(run(), run())
