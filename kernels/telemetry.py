@@ -219,7 +219,7 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
     # Cells of small chunks are a share of what is moved, so programs there are fewer and larger.
     cells = spec.chunk * ITEM[spec.dtype] <= 4
     # A multiprocessor has room for 7 of 4 warps there, whose threads have 66 to 72 registers.
-    order = ((8, 4, 4), (4, 4, 7), (4, 8, 4)) if cells else ((4, 4, 8), (4, 8, 4), (8, 4, 4))
+    order = ((4, 4, 7), (8, 4, 4), (4, 8, 4)) if cells else ((4, 4, 8), (4, 8, 4), (8, 4, 4))
     for warps, loads, programs in (*order, (4, 4, 16), (2, 8, 8), (1, 8, 16), (8, 8, 2), (2, 4, 16)):
         for width in (line, 2 * line, line // 2):
             found.append(config(width, warps, loads, programs * processors))
