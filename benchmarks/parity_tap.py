@@ -9,7 +9,10 @@ from parity_check import Check, Memory, same_bits
 from parity_reference import Group, gathered, groups, site
 from torch import Tensor
 
-from morphc.kernels.tap_join import TapSeeds, refuses
+from morphc.kernels.active import target_of
+from morphc.kernels.tap import plan
+from morphc.kernels.tap_join import TapSeeds, refuses, shape_of
+from morphc.kernels.tuning import bucket
 
 
 class TapCheck(Check):
@@ -35,7 +38,9 @@ class TapCheck(Check):
         if reason := refuses(kernel_spec, self.bank.geometry):
             self.skipped.append(reason)
             return
-        seeds = TapSeeds(kernel_spec, self.bank.geometry, self.device)
+        parts = shape_of(kernel_spec, self.bank.geometry).parts
+        tiles = plan(kernel_spec, bucket(self.spec.rows), parts, target_of(self.device))
+        seeds = TapSeeds(kernel_spec, self.bank.geometry, self.device, plan=tiles)
         first, second = self._once(seeds), self._once(seeds)
         for name in first:
             self.expect(same_bits(first[name], second[name]), f"{name}: other bits a second time")

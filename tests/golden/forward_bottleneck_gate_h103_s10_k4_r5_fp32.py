@@ -320,7 +320,8 @@ def _apart(
     for current in range(item, items, step):
         first, first_block, last_block = _item(current, groups, splits, blocks, GROUP)
         done = tl.minimum(whole, last_block - first_block)
-        whole -= done
+        # Chunks that were only saved are not counted in `whole`.
+        whole -= tl.where(first < blending, done, 0)
         for listed in range(first, tl.minimum(first + GROUP, blending)):
             position, slot, column, feature, inside = _columns(list_ptr, listed, listed + 1, 1, COLUMNS)
             strength = _strength(list_ptr, position, inside)
@@ -333,9 +334,12 @@ def _apart(
             w_in, b_in, w_out, b_out, too_large = _arranged(
                 w_in, b_in, w_out, b_out, "exact", x_ptr.dtype.element_ty
             )
-            for block in range(first_block + done, last_block):
+            # Not range(first_block + done, ...): Triton takes a value that a loop carries, and that is nothing but the
+            # bound of another, for dead, and would use the first item's `whole` for all.
+            for block in range(first_block, last_block):
                 for part in tl.range(0, ROWS // 16, num_stages=1):
                     start, row, live, number = _part(block, part, rows, stride, inner, ROWS, 16)
+                    live = live & (block >= first_block + done)
                     offsets = _offsets(row, feature, stride, inner)
                     there = tl.broadcast_to(inside[None, :], offsets.shape)
                     there = there & live[:, None]
