@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import active
 from morphc.kernels.compile import Resources, compile_all
+from morphc.kernels.launch import multiprocessors
 from morphc.kernels.layout import View
 from morphc.kernels.reference.chunks import bounds
 from morphc.kernels.spec import TuneConfig
 from morphc.kernels.templating import next_pow2
+from morphc.lifecycle import Lifecycle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLENDS = ["residual", "lerp", "multiply", "gate"]
@@ -251,6 +253,28 @@ def test_a_broken_block_does_not_disturb_the_blocks_and_groups_around_it(
     assert saved is not None
     kept = saved.cpu().movedim(0, 1).reshape(100, 40)
     assert torch.equal(kept.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("stash", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [3, 5 / 8])
+def test_what_a_program_does_again_is_what_comes_after_a_broken_block_and_no_more(
+    device: torch.device, dtype: torch.dtype, stash: bool, share: float
+) -> None:
+    """Every program has several groups or, of fewer groups, several ranges of rows; some are only saved."""
+    groups = int(share * 2 * multiprocessors(device))
+    rows = 48 if share > 1 else 288
+    made = bank(4 * groups, 2 * groups, device=device, dtype=dtype, states="EVALUATING")
+    made.lifecycle[::5] = Lifecycle.TRAINING
+    made.relist()
+    before = torch.randn(rows, 4 * groups).to(dtype)
+    for at in range(7):
+        chunk = made.chunk(at * (made.blending - 1) // 6)
+        before[(97 * at + 40) % rows, chunk.start] = math.nan
+    x = before.clone().to(device)
+    saved = made.run(x, TuneConfig(16, 0, 4, 2, group=2, programs=2), stash=stash)
+    assert (saved is not None) == stash
+    assert agrees_where_finite(x, made.reference(before), 1e-5 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("group", [1, 8])
