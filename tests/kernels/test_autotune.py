@@ -36,9 +36,6 @@ def small(kind: str, layout: Layout = "last") -> KernelSpec:
     return msgspec.structs.replace(spec, blueprint="affine", layout=layout)
 
 
-@pytest.mark.xfail(
-    reason="the backward's candidates and collected launches are not told apart yet", strict=False
-)
 @pytest.mark.parametrize("kind", list(autotune.KINDS))
 def test_candidates_are_compiled_and_run(
     kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -49,8 +46,11 @@ def test_candidates_are_compiled_and_run(
     spec = small(kind)
     tuned = autotune.tune_site(spec, 30, device, time=turns)
     assert len(tuned.trials) == 2
-    assert [trial.problem for trial in tuned.trials] == ["", ""]
-    assert tuned.config == tuned.trials[1].config
+    # What spills is not timed; the last that was is the fastest.
+    timed = [trial for trial in tuned.trials if not trial.problem]
+    assert timed
+    assert all(trial.problem.startswith("spills ") for trial in tuned.trials if trial.problem)
+    assert tuned.config == timed[-1].config
     assert tuning.lookup(spec, 20) == tuned.config
 
 
@@ -65,9 +65,6 @@ def test_the_seeds_that_are_timed_change_nothing(device: torch.device, layout: s
     assert torch.equal(bench.buffers[0], before)
 
 
-@pytest.mark.xfail(
-    reason="the backward's candidates and collected launches are not told apart yet", strict=False
-)
 def test_what_is_collected_is_not_run(device: torch.device) -> None:
     bench = autotune.make_bench(small("forward"), 32, device)
     bench.params[0].fill_(1.0)
@@ -76,7 +73,7 @@ def test_what_is_collected_is_not_run(device: torch.device) -> None:
         active.Forward(bench.spec, tuning.choose(bench.spec, 32), device)(
             bench.buffers[0], bench.view, bench.listed, bench.params
         )
-    assert [(job.function, job.target) for job in jobs] == [("forward", "cuda:80")]
+    assert [(job.function, job.target) for job in jobs] == [("forward_once", "cuda:80")]
     assert torch.equal(bench.buffers[0], before)
 
 
