@@ -119,6 +119,11 @@ def _steps(store: SeedStore, root: nn.Module, plain: nn.Module) -> list[Step]:
     for path, site in store.sites.items():
         request = store.requests[path]
         for grown in _blending(site):
+            if id(request.layer) not in names:
+                raise FoldError(
+                    f"site {path!r} has seeds that blend, but the layer it watches is no longer in the model: put it "
+                    "back, or dismiss its seeds with assign(seeds, Lifecycle.DORMANT)"
+                )
             layer = plain.get_submodule(names[id(request.layer)])
             how, why = _decide(grown, request, layer, plain, holders, store)
             steps.append(Step(grown, request, how, why))

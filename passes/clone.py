@@ -59,7 +59,8 @@ def clone_tree(
             memo[id(module)] = copy.deepcopy(module) if copy_tensors else module
             continue
         memo[id(module)] = object.__new__(type(module))
-    rebind = _Rebinder(memo)
+    owned = {id(value) for module in originals for value in _own_containers(module, attributes)}
+    rebind = _Rebinder(memo, owned, {kind for module in originals for kind in type(module).__mro__})
     for module in originals:
         clone = memo[id(module)]
         if clone is not module and not isinstance(module, torch.jit.ScriptModule):
@@ -68,6 +69,17 @@ def clone_tree(
     if copy_tensors:
         _own_tensors(result)
     return result
+
+
+def _own_containers(
+    module: nn.Module, attributes: Callable[[nn.Module], Mapping[str, Any]]
+) -> Iterator[object]:
+    """The lists, dicts and sets that are attributes of the user's."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in attributes(module).items():
+        if isinstance(value, list | dict | set) and name not in _OWN_DICTS and not name.endswith("_hooks"):
+            yield value
 
 
 def every_module(root: nn.Module) -> list[nn.Module]:
@@ -147,6 +159,10 @@ def _weak_items(value: Any) -> list[Any]:
     return [part for pair in list(value.items()) for part in pair]
 
 
+def _cells(function: types.FunctionType) -> list[Any]:
+    return [_contents(cell) for cell in function.__closure__ or ()]
+
+
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -157,8 +173,10 @@ def _contents(cell: types.CellType) -> Any:
 class _Rebinder:
     """Replaces references to old modules by references to their clones, copying only what contains one."""
 
-    def __init__(self, memo: dict[int, nn.Module]) -> None:
+    def __init__(self, memo: dict[int, nn.Module], owned: set[int], classes: set[type]) -> None:
         self.memo = memo
+        self.owned = owned
+        self.classes = {(kind.__module__, kind.__qualname__) for kind in classes}
         self.containers: dict[int, Any] = {}
         self.without: set[int] = set()
 
@@ -198,15 +216,46 @@ class _Rebinder:
         return self._wrapped_hook(value)
 
     def hooks(self, table: Any) -> Any:
-        """A new table of hooks. A closure among them keeps what it closes over: that is where its user looks."""
+        """A new table of hooks. A closure among them keeps what it closes over: that is where its user looks. One
+        that a method of the host's made is the host's own: its forward looks for what the hook has left.
+        """
         fresh = copy.copy(table)
         for key, hook in table.items():
             if isinstance(hook, types.MethodType | functools.partial) and not is_users_object(
                 getattr(hook, "__self__", None)
             ):
                 fresh[key] = self(hook)
+            elif self._is_hosts(hook):
+                fresh[key] = self._over_host(hook)
             else:
                 fresh[key] = self._wrapped_hook(hook)
+        return fresh
+
+    def _is_hosts(self, hook: object) -> bool:
+        """Whether a method of one of the modules made that closure, over the host or what the host holds."""
+        if not isinstance(hook, types.FunctionType) or not any(map(self._of_host, _cells(hook))):
+            return False
+        made_in = hook.__qualname__.rpartition(".<locals>")[0]
+        return (hook.__module__, made_in.rpartition(".")[0]) in self.classes
+
+    def _of_host(self, value: object) -> bool:
+        value = behind(value) if is_proxy(value) else value
+        return id(value) in (self.memo if isinstance(value, nn.Module) else self.owned)
+
+    def _over_host(self, hook: types.FunctionType) -> types.FunctionType:
+        """A hook that closes over parts of the host: over those of the clone."""
+        cells = tuple(
+            types.CellType(self(_contents(cell))) if self._of_host(_contents(cell)) else cell
+            for cell in hook.__closure__ or ()
+        )
+        fresh = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+        fresh.__kwdefaults__, fresh.__qualname__, fresh.__module__, fresh.__doc__ = (
+            hook.__kwdefaults__,
+            hook.__qualname__,
+            hook.__module__,
+            hook.__doc__,
+        )
+        vars(fresh).update(vars(hook))
         return fresh
 
     def _partial(self, value: functools.partial[Any], depth: int) -> Any:
@@ -310,6 +359,8 @@ class _Rebinder:
         module = value.module() if getattr(value, "with_module", False) else None
         target = None if module is None else self.memo.get(id(module), module)
         own = value.hook
+        if self._is_hosts(own):
+            own = self._over_host(own)
         return type(value)(self(own) if isinstance(own, types.MethodType) else own, target)
 
 

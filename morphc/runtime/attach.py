@@ -62,7 +62,7 @@ def attach(
         root.__dict__[CHILD] = holder
         install_hooks(root)
     else:
-        root.add_module(CHILD, holder)
+        root._modules[CHILD] = holder  # add_module asks hasattr, which a wrapper may hand on to its child
     for request in requests:
         owners = fastpath.owners(root, request.path)
         if owners:
@@ -135,7 +135,7 @@ def _hang(root: nn.Module, holder: SeedRoot, request: SiteRequest, site: SeedSit
         under: nn.Module | None = holder if layer is root else layer._modules.get(CHILD)
         if under is None:
             under = FunctionalSites()
-            layer.add_module(CHILD, under)
+            layer._modules[CHILD] = under
             store.holders.append(layer)
         under.add_module(functional_name(request.parameter), site)
         return
@@ -148,7 +148,7 @@ def _hang(root: nn.Module, holder: SeedRoot, request: SiteRequest, site: SeedSit
                 site.add_module(name, child)
         else:
             store.holders.append(layer)
-        layer.add_module(CHILD, site)
+        layer._modules[CHILD] = site
     owner = request.owner if request.owner is not None else layer
     _wrap(owner, site, request.output_index, store)
 
