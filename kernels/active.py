@@ -268,16 +268,7 @@ class Forward:
             precision=self.precision,
             target=target_of(self.device),
         )
-        prepared = launch.prepare(
-            job.source,
-            job.function,
-            job.signature,
-            job.constants,
-            aligned=job.aligned,
-            pdl=early,
-            device=self.device,
-            **job.options,
-        )
+        prepared = launch.prepare_job(job, self.device, pdl=early)
         at_once = resident(prepared, self.config.num_warps)
         programs = min(self.config.programs or at_once, at_once) * self.processors
         self.variants[key] = prepared.launch, programs
@@ -335,10 +326,7 @@ class ActiveList:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        job = list_job()
-        self.prepared = launch.prepare(
-            job.source, job.function, job.signature, job.constants, num_warps=4, device=device
-        )
+        self.prepared = launch.prepare_job(list_job(), device)
 
     def new(self, slots: int) -> Tensor:
         """An empty list for a bank: nothing is active."""

@@ -340,20 +340,6 @@ def reduce_block(spec: KernelSpec) -> tuple[int, int]:
     return floats, REDUCE_FLOATS // floats
 
 
-def prepare(job: Job, device: torch.device, early: bool = False) -> launch.Prepared:
-    """A job of this module, ready on `device`."""
-    return launch.prepare(
-        job.source,
-        job.function,
-        job.signature,
-        job.constants,
-        aligned=job.aligned,
-        pdl=early,
-        device=device,
-        **job.options,
-    )
-
-
 class Backward:
     """The backward of one spec with one config on one device; its variants are compiled when first called for.
 
@@ -449,7 +435,7 @@ class Backward:
     def _prepare(self, variant: Variant) -> launch.Prepared:
         target = target_of(self.device)
         job = backward_job(self.spec, self.config, variant, precision=self.precision, target=target)
-        self.variants[variant] = prepare(job, self.device, variant.early)
+        self.variants[variant] = launch.prepare_job(job, self.device, pdl=variant.early)
         return self.variants[variant]
 
     def _prepare_reduce(self, wide: bool, copied: bool, add: bool) -> launch.Prepared:
@@ -458,7 +444,7 @@ class Backward:
         job = reduce_job(
             self.spec, self.config, wide=wide, copied=copied, add=add, early=early, target=target
         )
-        self.reducers[wide, copied, add] = prepare(job, self.device, early)
+        self.reducers[wide, copied, add] = launch.prepare_job(job, self.device, pdl=early)
         return self.reducers[wide, copied, add]
 
 

@@ -10,12 +10,13 @@ ints (`tensor.data_ptr()`), which also saves the driver's look-up of each.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from morphc.errors import KernelError, ResourceError, UnsupportedKernelError
 from morphc.kernels import backend, codegen, triton_api
@@ -169,7 +170,7 @@ def collecting(target: str) -> Iterator[list[Job]]:
         _collected.reset(token)
 
 
-def prepare_job(job: Job, device: torch.device | str, *, aligned: bool = True) -> Prepared:
+def prepare_job(job: Job, device: torch.device | str, *, aligned: bool = True, pdl: bool = False) -> Prepared:
     """`prepare` for a Job; without `aligned` for arguments that are not what the job promises."""
     return prepare(
         job.source,
@@ -177,9 +178,20 @@ def prepare_job(job: Job, device: torch.device | str, *, aligned: bool = True) -
         job.signature,
         job.constants,
         aligned=job.aligned if aligned else (),
+        pdl=pdl,
         device=device,
         **job.options,
     )
+
+
+def aligned(tensors: Iterable[Tensor], *numbers: int) -> bool:
+    """Whether all addresses and numbers are divisible by 16."""
+    together = 0
+    for tensor in tensors:
+        together |= tensor.data_ptr()
+    for number in numbers:
+        together |= number
+    return together % 16 == 0
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -145,31 +145,12 @@ def report_job() -> Job:
 
 @lru_cache(maxsize=64)
 def _lifecycle(requested: bool, aligned: bool, device: torch.device) -> launch.Prepared:
-    return _prepared(lifecycle_job(requested), aligned, device)
+    return launch.prepare_job(lifecycle_job(requested), device, aligned=aligned)
 
 
 @lru_cache(maxsize=64)
 def _report(aligned: bool, device: torch.device) -> launch.Prepared:
-    return _prepared(report_job(), aligned, device)
-
-
-def _prepared(job: Job, aligned: bool, device: torch.device) -> launch.Prepared:
-    return launch.prepare(
-        job.source,
-        job.function,
-        job.signature,
-        job.constants,
-        aligned=job.aligned if aligned else (),
-        device=device,
-        **job.options,
-    )
-
-
-def _aligned(tensors: tuple[Tensor, ...]) -> bool:
-    together = 0
-    for tensor in tensors:
-        together |= tensor.data_ptr()
-    return together % 16 == 0
+    return launch.prepare_job(report_job(), device, aligned=aligned)
 
 
 class Ticker:
@@ -210,7 +191,7 @@ class Ticker:
             if self._refused.shape[0] != seeds:
                 self._refused = torch.empty(seeds, dtype=torch.int8, device=device)
             used += (request, self._refused, policy.minimum)
-        kernel = _lifecycle(request is not None, _aligned(used), device)
+        kernel = _lifecycle(request is not None, launch.aligned(used), device)
         kernel(
             (max(1, -(-seeds // BLOCK)), 1, 1),
             *used,
@@ -239,6 +220,6 @@ def report(sums: Tensor, counts: Tensor, widths: Tensor) -> Tensor:
     health = torch.empty(len(rows.HEALTH), seeds, dtype=torch.float64, device=sums.device)
     if seeds:
         used = (sums, counts, widths, health)
-        kernel = _report(_aligned(used), sums.device)
+        kernel = _report(launch.aligned(used), sums.device)
         kernel((-(-seeds // REPORT_BLOCK), 1, 1), *used, seeds)
     return health

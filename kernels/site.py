@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -29,7 +30,7 @@ class Stepper(Protocol):
         """One step of the slots that train; gradients: of the bank's parameters, in their order."""
 
 
-class ListedBank:
+class ListedBank(ABC):
     """What all banks have: the list of active seeds, and the step of the slots that train."""
 
     def __init__(self, spec: KernelSpec, device: torch.device) -> None:
@@ -64,9 +65,9 @@ class ListedBank:
             self._stepper = self.new_stepper()
         self._stepper.step(listed, bank, gradients, rates)
 
+    @abstractmethod
     def new_stepper(self) -> Stepper:
         """What steps this kind of bank."""
-        raise NotImplementedError
 
 
 class BankKernels(ListedBank):
@@ -119,7 +120,7 @@ class BankKernels(ListedBank):
         kernel = self._backward.get(bucket)
         if kernel is None:
             spec = replace(self.spec, kind="backward")
-            config = tuning.known([spec]).get(tuning.key(spec, dy_view.rows))
+            config = tuning.lookup(spec, dy_view.rows)
             config = config or gradient.default(spec, dy_view.rows)
             kernel = self._backward[bucket] = gradient.Backward(spec, config, self.device, _precision())
         size = self.spec.slots * gradient.gradient_size(self.spec)

@@ -288,33 +288,10 @@ class TapKernels:
     def _run(self, name: str, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> None:
         job = self.jobs[name]
         names = [key for key in job.signature if not key.endswith("_ptr")]
-        fits = aligned(
+        fits = launch.aligned(
             tensors, *(number for key, number in zip(names, numbers, strict=True) if key in job.aligned)
         )
         kernel = self._ready.get((name, fits))
         if kernel is None:
-            kernel = self._ready[name, fits] = prepared(job, fits, self.device)
+            kernel = self._ready[name, fits] = launch.prepare_job(job, self.device, aligned=fits)
         kernel((self._processors * programs, 1, 1), *tensors, *numbers)
-
-
-def aligned(tensors: Sequence[Tensor], *numbers: int) -> bool:
-    """Whether all addresses and numbers are divisible by 16."""
-    together = 0
-    for tensor in tensors:
-        together |= tensor.data_ptr()
-    for number in numbers:
-        together |= number
-    return together % 16 == 0
-
-
-def prepared(job: Job, aligned: bool, device: torch.device) -> launch.Prepared:
-    """`job` for `device`; `aligned` says whether what it wants aligned is."""
-    return launch.prepare(
-        job.source,
-        job.function,
-        job.signature,
-        job.constants,
-        aligned=job.aligned if aligned else (),
-        device=device,
-        **job.options,
-    )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import active as chunks
-from morphc.kernels import codegen, launch, tap
+from morphc.kernels import codegen, launch
 from morphc.kernels.active import Precision
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.blueprints.lowrank import LowRank
@@ -347,7 +347,7 @@ class TapSeeds:
             return
         rest = [params[name] for name in ("out_weight", *self._blend)]
         tensors = [y, listing, y if stash is None else stash, *z.unbind(0), *rest]
-        aligned = tap.aligned(tensors, view.stride)
+        aligned = launch.aligned(tensors, view.stride)
         even = view.rows % self.config.block_rows == 0
         key = ("join", stash is not None, even, aligned)
         if key not in self._ready:
@@ -361,7 +361,7 @@ class TapSeeds:
                 precision=self.precision,
                 target=self.target,
             )
-            self._ready[key] = tap.prepared(job, aligned, self.device)
+            self._ready[key] = launch.prepare_job(job, self.device, aligned=aligned)
         groups = cdiv(self.spec.slots, self.config.group)
         most = cdiv(view.rows, self.config.block_rows) * groups
         programs = min(most, self._processors * max(1, self.config.programs))
@@ -408,8 +408,8 @@ class TapSeeds:
         rest = [params[name] for name in ("out_weight", *self._blend)]
         tensors += [*z.unbind(0), *dz.unbind(0), listing, *rest, partial]
         if rows:
-            self._run(self._walk, tap.aligned(tensors, *strides), programs, *tensors, rows, *strides)
-        aligned = tap.aligned([])
+            self._run(self._walk, launch.aligned(tensors, *strides), programs, *tensors, rows, *strides)
+        aligned = launch.aligned([])
         grid = (
             cdiv(
                 partial.numel() // ((programs + groups) * self.back.group), self._reduce.constants["FLOATS"]
@@ -440,5 +440,5 @@ class TapSeeds:
     def _prepared(self, job: Job, aligned: bool) -> launch.Prepared:
         key = (job.function, aligned)
         if key not in self._ready:
-            self._ready[key] = tap.prepared(job, aligned, self.device)
+            self._ready[key] = launch.prepare_job(job, self.device, aligned=aligned)
         return self._ready[key]

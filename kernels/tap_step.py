@@ -75,10 +75,7 @@ class TapStepper:
         self.slots = spec.slots
         self.across = max(1, cdiv(max(size for _, size in sizes_of(spec, geometry)), SHARED * FLOATS))
         self._count, self._adamw = (
-            launch.prepare(
-                job.source, job.function, job.signature, job.constants, device=device, **job.options
-            )
-            for job in jobs(spec, geometry, target_of(device))
+            launch.prepare_job(job, device) for job in jobs(spec, geometry, target_of(device))
         )
 
     def step(self, active: Tensor, bank: Bank, gradients: Sequence[Tensor], rates: Rates) -> None:

@@ -117,8 +117,7 @@ class Variant(NamedTuple):
 
     unit: power of two up to 16 that divides the distance of rows (of samples and features, where those aren't last)
     and the pointers, in elements. dense: rows follow each other. write: act(x) is written. clocked: the device
-    counts the launches. exact: the cells are float64. add: to what they hold. early: it waits by itself for the
-    kernel before.
+    counts the launches. exact: the cells are float64. add: to what they hold.
     """
 
     unit: int = 16
@@ -127,7 +126,6 @@ class Variant(NamedTuple):
     clocked: bool = False
     exact: bool = False
     add: bool = True
-    early: bool = False
 
 
 USUAL: Final = Variant()
@@ -165,7 +163,6 @@ def job(
         "ADD": variant.add,
         "SLIM": config.num_stages == 1,
         "CLOCKED": variant.clocked,
-        "EARLY": variant.early,
     }
     for region, suffix in zip(regions(spec.features, spec.seeds), ("", "_2"), strict=False):
         for name, value in tiling(spec, region, config, variant.unit)._asdict().items():
@@ -373,15 +370,13 @@ class Telemetry:
         clock: Tensor | None = None,
         every: int = 1,
         merged: bool = False,
-        early: bool = False,
     ) -> None:
         """Measure `x`: add a sample to the cells, in one launch, and every few samples hand them on to the state.
 
         view: how x is walked. sums [8, N], counts [3, N]: the state, contiguous, in which the site's seeds begin at
         `offset`; sums are taken around their shifts. y: where act(x) is written in the same launch, other memory
         than x, walked as `y_view` (or `view`) says. clock: see `new_clock`; then each `every`th launch measures,
-        the first included, and every one writes y. merged: hand the sample on at once. early: begin while the kernel
-        before still runs, and wait for it then (capability 9 on).
+        the first included, and every one writes y. merged: hand the sample on at once.
 
         Raises UnsupportedKernelError where act(x) can't be written along.
         """
@@ -394,10 +389,10 @@ class Telemetry:
         pointer, out_pointer = x.data_ptr(), out.data_ptr()
         key = (
             view.rows, view.inner, view.stride, out_stride, (pointer | out_pointer) % LOAD, y is None, clock is None,
-            cells.exact, cells.splits, early,
+            cells.exact, cells.splits,
         )  # fmt: skip
         launched, planned, unit = self._passes.get(key) or self._prepare(
-            key, view, out_stride, cells, y is not None, clock is not None, early
+            key, view, out_stride, cells, y is not None, clock is not None
         )
         if planned.splits > cells.splits:
             cells.enlarge(planned.splits)
@@ -479,7 +474,6 @@ class Telemetry:
         cells: Cells,
         write: bool,
         clocked: bool,
-        early: bool,
     ) -> tuple[Launch, Plan, int]:
         aligned = key[4] == 0
         distances = view.stride | out_stride
@@ -489,12 +483,12 @@ class Telemetry:
             distances |= self.spec.features
         unit = min(16, distances & -distances) if aligned else 1
         dense = view.walk == "last" and view.stride == out_stride == self.spec.features
-        variant = Variant(unit, dense, write, clocked, cells.exact, early=early)
+        variant = Variant(unit, dense, write, clocked, cells.exact)
         made = job(self.spec, self.config_for(view.rows), variant, self.near_zero, self.target)
         planned = self.plan(view, unit, cells.splits)
         if len(self._passes) >= KEPT:
             self._passes.clear()
-        found = self._passes[key] = self._prepared(made, early), planned, unit
+        found = self._passes[key] = self._prepared(made), planned, unit
         return found
 
     def _prepare_merge(self, exact: bool, splits: int) -> tuple[Launch, int]:
@@ -508,17 +502,8 @@ class Telemetry:
         found = self._shifts[None] = self._prepared(shift_job(self.spec, self.near_zero, self.target))
         return found
 
-    def _prepared(self, made: Job, early: bool = False) -> Launch:
-        return launch.prepare(
-            made.source,
-            made.function,
-            made.signature,
-            made.constants,
-            aligned=made.aligned,
-            pdl=early,
-            device=self.device,
-            **made.options,
-        ).launch
+    def _prepared(self, made: Job) -> Launch:
+        return launch.prepare_job(made, self.device).launch
 
 
 def target_of(device: torch.device) -> str:

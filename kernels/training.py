@@ -235,7 +235,7 @@ class Trainer:
     def _prepare(self, variant: Variant) -> launch.Prepared:
         target = target_of(self.device)
         job = train_job(self.spec, self.config, variant, precision=self.precision, target=target)
-        self.variants[variant] = gradient.prepare(job, self.device)
+        self.variants[variant] = launch.prepare_job(job, self.device)
         return self.variants[variant]
 
     def _stepper(self, sums: bool, wide: bool) -> launch.Prepared:
@@ -243,7 +243,7 @@ class Trainer:
             early = sums and gradient.follows_early(self.device)
             target = target_of(self.device)
             job = adamw_job(self.spec, self.config, sums=sums, wide=wide, early=early, target=target)
-            self.steppers[sums, wide] = gradient.prepare(job, self.device, early)
+            self.steppers[sums, wide] = launch.prepare_job(job, self.device, pdl=early)
         return self.steppers[sums, wide]
 
 

@@ -91,7 +91,7 @@ def adopt(tuned: Mapping[str, TuneConfig]) -> None:
 
 
 def known(specs: Iterable[KernelSpec] | None = None) -> dict[str, TuneConfig]:
-    """Answers that were timed or adopted, for `Plan.tuned`; with `specs` only those of them."""
+    """Answers that were timed or adopted, as `Plan.tuned` has them; with `specs` only those of them."""
     if specs is None:
         return dict(sorted(_known.items()))
     wanted = {key(spec, 1).rpartition("@")[0] for spec in specs}

@@ -21,6 +21,7 @@ from morphc.errors import (
     PlanError,
     UnsupportedHostError,
 )
+from morphc.kernels import tuning
 from morphc.kernels.backend import chosen
 from morphc.kernels.blueprints import base as blueprints
 from morphc.passes.capture import Capture
@@ -194,6 +195,7 @@ def _program(
         if plan.morphc_version != __version__:
             program.notes.append(f"the plan was made by morphc {plan.morphc_version}, this is {__version__}")
         program.plan = plan
+        tuning.adopt(plan.tuned)
         program.demoted = {note.path: note.reason for note in plan.regions if not note.runs}
     return program
 

@@ -55,6 +55,12 @@ class Engine:
     def __deepcopy__(self, memo: object) -> Engine:
         return Engine()
 
+    def remember(self, shape: torch.Size, ready: Ready) -> None:
+        """What a further activation of that shape can take."""
+        if len(self.ready) >= MOST_READY:
+            self.ready.clear()
+        self.ready[shape] = ready
+
     def bank(
         self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, view: View
     ) -> BankKernels | TapBankKernels | None:
@@ -106,7 +112,7 @@ MOST_READY = 8
 
 
 class Ready:
-    """A site with one bank, ready for activations of one shape: what a call has to ask is whether that still holds."""
+    """A bank, ready for activations of one shape: what a further call has to ask is whether that still holds."""
 
     __slots__ = (
         "backend",
@@ -157,7 +163,7 @@ class Ready:
         )
 
     def join(self, site: SeedSite, y: Tensor, isolated_only: bool, owned: bool, early: bool) -> Tensor:
-        """As `join`, where `holds` is true."""
+        """The value with the seeds joined. `y`: what this was made for, or anything that it `holds` for."""
         graded = torch.is_grad_enabled()
         if isolated_only and not graded:
             return y
@@ -174,18 +180,22 @@ class Ready:
             site.engine.listed(site, self.name, self.bank, self.kernels, self.device)
             listed, early = site.engine.lists[self.name, self.device], False
             self.listed = listed
-        if not owned or (graded and (y._is_view() or (y.is_leaf and y.requires_grad))):
-            # The strides are dense: `y` was made by one layer, and rows with gaps are not ready.
+        if not owned or (graded and _not_to_be_written(y)):
+            # It keeps its strides: what has gaps was copied before.
             y, early = y.clone(memory_format=torch.preserve_format), False
         early = early and self.follows
         if not graded:
             self.forward(y, listed.active, self.leaves, None, early)
             return y
-        return _ready_join(y, self, listed.active, isolated_only, early, *self.leaves)
+        return _apply_join(y, self, listed.active, isolated_only, early, *self.leaves)
 
 
-class ReadyJoin(torch.autograd.Function):
-    """`Join` where all is ready."""
+class Join(torch.autograd.Function):
+    """A bank's seeds joined to the site's value, in place, with the gradients of the slots.
+
+    A value that only trains seeds in isolation comes back as it was. It is marked as written to all the same, so
+    that what comes next may work on it in place.
+    """
 
     @staticmethod
     def forward(
@@ -207,51 +217,14 @@ class ReadyJoin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passed, slot_grads = _backward(ctx, grad)
+        active, stash, *params = ctx.saved_tensors
+        kernels: BankKernels = ctx.kernels
+        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
         return passed, None, None, None, None, *slot_grads
 
 
 # What `Function.apply` calls once it has looked for transforms of functorch among the arguments: there are none.
-_ready_join: Callable[..., Tensor] = super(torch.autograd.Function, ReadyJoin).apply
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-    active, stash, *params = ctx.saved_tensors
-    kernels: BankKernels = ctx.kernels
-    return kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
-
-
-class Join(torch.autograd.Function):
-    """A bank's seeds joined to the site's value, in place, with the gradients of the slots.
-
-    A value that only trains seeds in isolation comes back as it was. It is marked as written to all the same, so
-    that what comes next may work on it in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        kernels: BankKernels,
-        view: View,
-        active: Tensor,
-        isolated_only: bool,
-        axis: int,
-        *params: Tensor,
-    ) -> Tensor:
-        stash = kernels.new_stash(view)
-        kernels.forward(y, view, active, params, stash)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(active, stash, *params)
-        ctx.kernels, ctx.isolated_only = kernels, isolated_only
-        ctx.like = Like(tuple(y.shape), y.stride(), axis)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passed, slot_grads = _backward(ctx, grad)
-        return passed, None, None, None, None, None, *slot_grads
+_apply_join: Callable[..., Tensor] = super(torch.autograd.Function, Join).apply
 
 
 class TapJoin(torch.autograd.Function):
@@ -343,31 +316,35 @@ def join(
     if tap is not None and (read is None or read.shape[0] != walk.rows):
         return None
     active = site.engine.listed(site, name, bank, kernels, y.device)
-    params = tuple(bank.leaves().values())
-    if tap is None and len(site.slots._modules) == 1 and is_dense(y) and not _replaced(bank):
-        ready = site.engine.ready
-        if len(ready) >= MOST_READY:
-            ready.clear()
-        assert isinstance(kernels, BankKernels)
-        ready[y.shape] = Ready(site, name, bank, y, walk, kernels)
-    if not torch.is_grad_enabled():
-        if not owned:
+    must_copy = not owned or (torch.is_grad_enabled() and _not_to_be_written(y))
+    if isinstance(kernels, BankKernels):
+        lasting = len(site.slots._modules) == 1 and is_dense(y) and not _replaced(bank)
+        if must_copy and not is_dense(y):
             y, walk = _own(site, y)
-        if isinstance(kernels, BankKernels):
-            kernels.forward(y, walk, active, params, None)
-        else:
-            assert read is not None
-            kernels.forward(y, walk, active, params, read)
-        return y
-    if not owned or y._is_view() or (y.is_leaf and y.requires_grad):
+            owned = True
+        ready = Ready(site, name, bank, y, walk, kernels)
+        if lasting:
+            site.engine.remember(y.shape, ready)
+        return ready.join(site, y, isolated_only, owned, early=False)
+    assert read is not None
+    params = tuple(bank.leaves().values())
+    if must_copy:
         y, walk = _own(site, y)
-    rest = (kernels, walk, active, isolated_only, site.feature_axis, *params)
-    if read is not None and isolated_only:
+    if not torch.is_grad_enabled():
+        kernels.forward(y, walk, active, params, read)
+        return y
+    if isolated_only:
         read = read.detach()
-    join = Join if read is None else TapJoin
-    joined = join.apply(y, *(() if read is None else (read,)), *rest)  # type: ignore[no-untyped-call]
+    joined = TapJoin.apply(  # type: ignore[no-untyped-call]
+        y, read, kernels, walk, active, isolated_only, site.feature_axis, *params
+    )
     assert isinstance(joined, Tensor)
     return joined
+
+
+def _not_to_be_written(y: Tensor) -> bool:
+    """Whether autograd forbids writing to `y`."""
+    return y._is_view() or (y.is_leaf and y.requires_grad)
 
 
 def is_dense(y: Tensor) -> bool:

@@ -288,7 +288,6 @@ def _walk(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The sums of rows [first, last) of a tile, [CHUNKS] each, as if all values were finite; with CAREFUL of those
     that are, and how many are not."""
@@ -449,8 +448,6 @@ def _walk(
             row_squares += in_row * in_row
         base += BLOCK_ROWS * (stride // word)
         y_base += BLOCK_ROWS * y_stride
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     # Rows last, all sums in one go.
     squares = tl.sum(squares, axis=2)
     zeros = tl.sum(zeros, axis=2)
@@ -491,7 +488,6 @@ def _only_write(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """act(x) of rows [first, last) of a tile."""
     if DENSE:
@@ -548,13 +544,12 @@ def _sample(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program's share of a launch that measures: rows [first, last) of a tile."""
     total, squares, row_squares, zeros, peak, lost = _walk(
         SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
         FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE,
-        WORDS, PTX, EARLY
+        WORDS, PTX
     )
     chunk, valid = _chunks(tile, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, CHUNKS, VECTOR, FLAT)
     if not SLIM:
@@ -562,7 +557,7 @@ def _sample(
             total, squares, row_squares, zeros, peak, lost = _walk(
                 True, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH,
                 REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
-                UNROLL, UNIT, DENSE, False, WORDS, PTX, EARLY
+                UNROLL, UNIT, DENSE, False, WORDS, PTX
             )
     # One tile of all sums, since each change of layout costs barriers: the fields of `part`, and two more.
     found = tl.join(tl.join(total, squares), tl.join(row_squares, zeros))
@@ -635,20 +630,19 @@ def _program(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """What the program of a tile and a split does in a launch that is `due`, and in another one."""
     if due:
         _sample(
             part_ptr, split, ADD, SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner,
             WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
-            UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
+            UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
         )
     elif WRITE:
         _only_write(
             x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
             FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-            WRITE, WORDS, PTX, EARLY
+            WRITE, WORDS, PTX
         )
 
 
@@ -682,19 +676,15 @@ def telemetry(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Grid: tiles x splits of the rows.
 
     rows: of the activation. stride: elements from row to row, in units of UNIT; FEATURES if DENSE. span: rows that a
     program has.
     y: act(x), with WRITE. ADD: to what the cells hold. measured: rows that were measured in all. With CLOCKED every
-    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. EARLY: it is
-    launched before the kernel ahead of it has ended, and waits for that. NOTIFIES: the kernel behind it may be
-    launched once every program of this one runs.
+    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. NOTIFIES: the
+    kernel behind it may be launched once every program of this one runs.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     if NOTIFIES:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -716,7 +706,7 @@ def telemetry(
     _program(
         part_ptr, split, due, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, ADD, SLIM,
         4, 1024, 0, 0,
-    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
+    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
     )
 
 

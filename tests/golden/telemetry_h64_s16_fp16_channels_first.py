@@ -273,7 +273,6 @@ def _block(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Adds BLOCK_ROWS positions of a sample, from `position` on."""
     words: tl.constexpr = WORDS and VECTOR > 1
@@ -337,7 +336,6 @@ def _walk(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The sums of blocks [first, last) of a tile, [CHUNKS] each; with CAREFUL of the finite values only."""
     words: tl.constexpr = WORDS and VECTOR > 1
@@ -363,7 +361,7 @@ def _walk(
                 False,
                 x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
                 FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-                WRITE, WORDS, PTX, EARLY
+                WRITE, WORDS, PTX
             )
         else:
             total, row_squares, squares, zeros, peak, lost, count, most = _block(
@@ -371,7 +369,7 @@ def _walk(
                 CAREFUL,
                 x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
                 FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-                WRITE, WORDS, PTX, EARLY
+                WRITE, WORDS, PTX
             )
         position += BLOCK_ROWS
         sample = tl.where(position < inner, sample, sample + 1)
@@ -380,8 +378,6 @@ def _walk(
         shape: tl.constexpr = [CHUNKS, vectors, VECTOR]
         zeros += tl.sum(tl.reshape(_counted(count), shape), axis=2)
         peak = tl.maximum(peak, tl.max(tl.reshape(tl.abs(_values(most, True)), shape), axis=2))
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     return _over_rows(total, squares, row_squares, zeros, peak, lost, WIDTH, CAREFUL)
 
 
@@ -412,7 +408,6 @@ def _only_write(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """act(x) of blocks [first, last) of a tile."""
     chunk, valid = _chunks(tile, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, CHUNKS, VECTOR, FLAT)
@@ -468,13 +463,12 @@ def _sample(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program's share of a launch that measures: rows [first, last) of a tile."""
     total, squares, row_squares, zeros, peak, lost = _walk(
         SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
         FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE,
-        WORDS, PTX, EARLY
+        WORDS, PTX
     )
     chunk, valid = _chunks(tile, WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, CHUNKS, VECTOR, FLAT)
     if not SLIM:
@@ -482,7 +476,7 @@ def _sample(
             total, squares, row_squares, zeros, peak, lost = _walk(
                 True, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH,
                 REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
-                UNROLL, UNIT, DENSE, False, WORDS, PTX, EARLY
+                UNROLL, UNIT, DENSE, False, WORDS, PTX
             )
     # One tile of all sums, since each change of layout costs barriers: the fields of `part`, and two more.
     found = tl.join(tl.join(total, squares), tl.join(row_squares, zeros))
@@ -555,20 +549,19 @@ def _program(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """What the program of a tile and a split does in a launch that is `due`, and in another one."""
     if due:
         _sample(
             part_ptr, split, ADD, SLIM, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner,
             WIDTH, REGION_SEEDS, FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR,
-            UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
+            UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
         )
     elif WRITE:
         _only_write(
             x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, WIDTH, REGION_SEEDS,
             FIRST_SEED, FIRST_COLUMN, FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE,
-            WRITE, WORDS, PTX, EARLY
+            WRITE, WORDS, PTX
         )
 
 
@@ -602,19 +595,15 @@ def telemetry(
     WRITE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Grid: tiles x splits of the rows.
 
     rows: samples of `inner` positions. stride: elements from sample to sample; both in units of UNIT. span: blocks of
     BLOCK_ROWS positions that a program has.
     y: act(x), with WRITE. ADD: to what the cells hold. measured: rows that were measured in all. With CLOCKED every
-    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. EARLY: it is
-    launched before the kernel ahead of it has ended, and waits for that. NOTIFIES: the kernel behind it may be
-    launched once every program of this one runs.
+    program counts the launches in `clock` [programs], and measures in each `every`th, from the first on. NOTIFIES: the
+    kernel behind it may be launched once every program of this one runs.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     if NOTIFIES:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -640,7 +629,7 @@ def telemetry(
     _program(
         part_ptr, split, due, x_ptr, y_ptr, shift_ptr, tile, first, last, stride, y_stride, inner, ADD, SLIM,
         4, 16, 0, 0,
-    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX, EARLY
+    FLAT, BLOCK_ROWS, CHUNKS, LANES, PARTS, VECTOR, UNROLL, UNIT, DENSE, WRITE, WORDS, PTX
     )
 
 

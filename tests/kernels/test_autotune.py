@@ -11,7 +11,7 @@ from test_tuning import make_spec
 
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import active, autotune, launch, telemetry, tuning
-from morphc.kernels.spec import KernelSpec, Layout
+from morphc.kernels.spec import KernelSpec, Layout, TuneConfig
 from morphc.kernels.tuning import Run
 
 
@@ -42,15 +42,15 @@ def test_candidates_are_compiled_and_run(
 ) -> None:
     configs, start = autotune.KINDS[kind]
     few = (lambda spec, rows, model: configs(spec, rows, model)[:2], start)
+    if kind == "backward":  # whose first guess of this shape spills, and what spills is not timed
+        some = [TuneConfig(height, 8, 2, 3, group=2, programs=2) for height in (16, 32)]
+        few = (lambda spec, rows, model: some, start)
     monkeypatch.setattr(autotune, "KINDS", {kind: few})
     spec = small(kind)
     tuned = autotune.tune_site(spec, 30, device, time=turns)
     assert len(tuned.trials) == 2
-    # What spills is not timed; the last that was is the fastest.
-    timed = [trial for trial in tuned.trials if not trial.problem]
-    assert timed
-    assert all(trial.problem.startswith("spills ") for trial in tuned.trials if trial.problem)
-    assert tuned.config == timed[-1].config
+    assert [trial.problem for trial in tuned.trials] == ["", ""]
+    assert tuned.config == tuned.trials[1].config
     assert tuning.lookup(spec, 20) == tuned.config
 
 

@@ -321,3 +321,35 @@ def test_what_is_kept_between_calls_is_not_used_once_it_no_longer_holds() -> Non
     assert not torch.equal(agree(x), before)
     models = [copy.deepcopy(model).double().float() for model in models]
     agree(x)
+
+
+class Narrowed(nn.Conv2d):
+    """Gives away 8 of its 12 channels: with channels last, rows with gaps between them."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 12, 1)
+        self.out_channels = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))[:, :8]
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_copy_with_other_strides_is_walked_as_it_lies(graded: bool) -> None:
+    found = []
+    for name in ("triton", "torch"):
+        torch.manual_seed(0)
+        host = nn.Sequential(Narrowed())
+        host.to(memory_format=torch.channels_last)
+        config = Config(seeds_per_layer=4, slots=4, rank=3, backend=name)
+        model = morphc.compile(host, (example(),), config=config)
+        site = morphc.seeds(model)["0"]
+        site.assign([0, 2], Lifecycle.FINE_TUNING, alpha=0.5)
+        generator = torch.Generator().manual_seed(1)
+        (bank,) = site.slots.values()
+        for parameter in bank.names:
+            values = bank.get_parameter(parameter).data
+            values.copy_(torch.randn(values.shape, generator=generator))
+        with torch.set_grad_enabled(graded):
+            found.append(model(example()).detach())
+    assert distance(*found) < 1e-5

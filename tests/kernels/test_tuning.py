@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import SIGNATURE, TEMPLATE, blueprint
 from test_cross_compile import WAITS, WIDE
+from torch import nn
 
+import morphc
 from morphc.errors import KernelError, ResourceError, UnknownNameError
 from morphc.kernels import codegen, devices, tuning
 from morphc.kernels.codegen import Source
@@ -124,6 +127,14 @@ class TestBuckets:
         assert tuning.choose(spec, 129) != config
         assert tuning.known([spec]) == plan.tuned
         assert tuning.known([other]) == {}
+
+    def test_a_model_compiled_from_a_plan_runs_with_its_answers(self) -> None:
+        host, example = nn.Linear(8, 8), (torch.randn(2, 8),)
+        made = morphc.report(morphc.compile(host, example)).plan
+        name, config = tuning.key(make_spec(), 100), TuneConfig(16, 16, 2, 1)
+        assert tuning.lookup(make_spec(), 100) is None
+        morphc.compile(host, example, plan=msgspec.structs.replace(made, tuned={name: config}))
+        assert tuning.lookup(make_spec(), 100) == config
 
     def test_a_plan_made_before_the_later_parameters_is_read(self) -> None:
         old = b'{"block_rows":64,"block_cols":16,"num_warps":4,"num_stages":2}'
