@@ -23,7 +23,8 @@ demo: $(VENV)/.demo-ready
 	$(VENV)/bin/morphc compile examples/gpt2.py -o $(OUT)
 
 test: $(VENV)/.test-ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -rs tests/gpu
 
 $(VENV)/.demo-ready: pyproject.toml $(VENV)/.torch-ready
 	$(INSTALL) -e '.[hf]'

@@ -147,8 +147,9 @@ def site(
     read = x if tap is None else tap.clone().requires_grad_(graded)
     blends = active.blends[part].view(-1, 1, 1)
     s = get(blueprint).apply(read, wide, geometry)
-    # Selected before as well: a zero gradient times an Inf would come back as NaN.
-    live = torch.where(blends, x, 0), torch.where(blends, s, 0)
+    # Selected before as well: a zero gradient times an Inf would come back as NaN, in the padding too.
+    seen = blends & group.inside.unsqueeze(1)
+    live = torch.where(seen, x, 0), torch.where(seen, s, 0)
     y = torch.where(blends, blend(blend_name, *live, active.alpha[part], wide), x)
     if dy is None:
         return Result(y, y, {})

@@ -158,10 +158,11 @@ def test_resources_are_those_that_cross_compiling_told() -> None:
 def test_tuning_times_candidates_on_the_device() -> None:
     major, minor = torch.cuda.get_device_capability()
     buffers = [numbers() for _ in range(3)]
+    source = make()
 
     def offer(block: int) -> tuning.Candidate:
         job = Job(
-            make(), "add", SIGNATURE, {"BLOCK": block}, ("x_ptr",), {"num_warps": 4}, f"cuda:{major}{minor}"
+            source, "add", SIGNATURE, {"BLOCK": block}, ("x_ptr",), {"num_warps": 4}, f"cuda:{major}{minor}"
         )
 
         def start() -> tuning.Run:

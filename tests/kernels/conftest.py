@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, on tensors in host memory; on the GPU where there is one."""
+"""Kernels run in Triton's interpreter here, on tensors in host memory; see `where` for a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from where import DEVICE
 
 # Triton reads the variable for its own functions when it is imported, once. Other tests of the same run are to
 # find their backend as users do, so the variable is set for these alone.
@@ -22,6 +21,16 @@ settings.register_profile(
     "kernels", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE.type == "cpu":
+        return
+    left_out = pytest.mark.skip(reason="made for Triton's interpreter: takes no device")
+    for item in items:
+        here = Path(__file__).parent in item.path.parents
+        if here and "device" not in getattr(item, "fixturenames", ()) and not hasattr(item.module, "DEVICE"):
+            item.add_marker(left_out)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from where import DEVICE
 
 import morphc
 from morphc import Config, Lifecycle
@@ -11,7 +12,6 @@ from morphc.kernels.site import TapBankKernels
 from morphc.lifecycle import Mode
 from morphc.runtime import active
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 DTYPES = tuple(BOUNDS)
 BLENDINGS = ("residual", "lerp", "multiply", "gate")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from where import DEVICE
 
 from morphc.errors import SeedError
 from morphc.kernels import lifecycle as kernels
@@ -22,7 +23,6 @@ from morphc.lifecycle import MINIMUM_TICKS, TABLE, Lifecycle
 from morphc.runtime.state import SeedState
 
 L = Lifecycle
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARRAYS = (
     "lifecycle",
     "slot",
@@ -313,16 +313,16 @@ def test_arrays_off_the_16_byte_grid_are_advanced_all_the_same():
 @pytest.mark.parametrize(
     "request_",
     [
-        torch.zeros(4, dtype=torch.int32),
-        torch.zeros(5, dtype=torch.int64),
-        torch.zeros(10, dtype=torch.int32)[::2],
+        torch.zeros(4, dtype=torch.int32, device=DEVICE),
+        torch.zeros(5, dtype=torch.int64, device=DEVICE),
+        torch.zeros(10, dtype=torch.int32, device=DEVICE)[::2],
     ],
     ids=["shape", "dtype", "stride"],
 )
 def test_a_request_that_does_not_fit_is_refused_before_anything_changes(request_):
     arrays = SeedState([1] * 5, DEVICE)
     with pytest.raises(SeedError, match="contiguous int32 tensor of 5 states"):
-        kernels.Ticker(policy()).advance(arrays, request_.to(DEVICE))
+        kernels.Ticker(policy()).advance(arrays, request_)
     assert arrays.tick.item() == 0
 
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tap_helpers import BLENDINGS, BOUNDS, DEVICE, DTYPES, KINDS, Values, assert_equal, compiled, kernels_of
+from tap_helpers import (
+    BLENDINGS,
+    BOUNDS,
+    DEVICE,
+    DTYPES,
+    KINDS,
+    Values,
+    assert_equal,
+    compiled,
+    distance,
+    kernels_of,
+)
 
 import morphc
 from morphc import Lifecycle
@@ -24,7 +35,8 @@ def test_value_and_every_gradient_equal_float64(kind: str, blend: str, dtype: to
     assert isinstance(kernels, TapBankKernels)
     assert_equal(found, values.expected(), BOUNDS[dtype])
     with torch.no_grad():
-        assert torch.equal(values.join(values.y.clone(), values.tap), found["y"])
+        # Another kernel than the one that keeps what backward needs: on a GPU the last bit may differ.
+        assert distance(values.join(values.y.clone(), values.tap), found["y"]) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("kind", KINDS)

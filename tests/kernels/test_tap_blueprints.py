@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from where import DEVICE
 
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import tap_join as kernels
@@ -22,7 +23,6 @@ from morphc.lifecycle import BLENDS, ISOLATED, TRAINS, Lifecycle
 from morphc.runtime import active
 
 L = Lifecycle
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 SMALL = Tiles(32, 32, 32, warps=4)
 PLAN = TapPlan(packed=True, project=SMALL, tap_gradient=SMALL, weight_gradient=SMALL)
@@ -146,7 +146,8 @@ class Site:
 def assert_close(site, found, expected, bound):
     names = ("y", "dx", "tap")
     for name, mine, theirs in zip(names, found, expected, strict=False):
-        assert error(mine, theirs) <= bound, name
+        # Of the tap's gradient a few values are added up here, which may cancel.
+        assert error(mine, theirs) <= (2 * bound if name == "tap" else bound), name
     assert set(found[3]) == set(expected[3])
     for name, theirs in expected[3].items():
         # One number a slot, in which most of what is added up cancels.

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from where import DEVICE
 
 from morphc.errors import UnsupportedKernelError
 from morphc.kernels import telemetry as kernels
@@ -23,7 +24,6 @@ from morphc.kernels.reference.telemetry import as_rows
 from morphc.kernels.spec import TuneConfig
 from morphc.kernels.telemetry_plan import ADDS, plan, regions, tiling
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BEFORE = 2
 """Seeds of another site, that stand before those that are measured; as many stand behind."""
