@@ -56,7 +56,8 @@ specifications per compute capability; AMD CDNA instruction set guides."""
 class Resources:
     """What one compiled kernel takes. registers, spills (32-bit values): per thread; shared, size: bytes.
 
-    digest: equal for equal code that starts alike. seconds: of a processor, that it took to compile.
+    digest: equal for equal code that starts alike. seconds: of a processor, that it took to compile. overlaid: a
+    product that can read what isn't its own, see `compile_worker.overlaid`.
     """
 
     registers: int
@@ -66,6 +67,7 @@ class Resources:
     target: str = ""
     digest: str = ""
     seconds: float = 0.0
+    overlaid: str = ""
 
     @property
     def excess(self) -> bool:
@@ -78,6 +80,8 @@ class Resources:
         if self.excess:
             limit = SHARED_LIMITS[self.target]
             return f"needs {self.shared} B of shared memory, {self.target} has {limit} B"
+        if self.overlaid:
+            return f"a product of {self.overlaid}, which Triton makes read memory that isn't its own"
         return f"spills {self.spills} values a thread" if self.spills else ""
 
 

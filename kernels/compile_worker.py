@@ -62,7 +62,27 @@ def measure(kernel: Any, log: str = "") -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "size": len(kernel.kernel),
         "digest": hashlib.sha256((launched + code).encode()).hexdigest(),
+        "overlaid": overlaid(kernel.asm.get("ttgir", "")),
     }
+
+
+def overlaid(ttgir: str) -> str:
+    """A matrix product that several groups of warps do over the same rows with its left side in registers, as
+    `64x16 by 8 warps`; an empty string where there is none.
+
+    Triton lays warps along the rows, 16 each, and begins again where a tile has no more of them. On an H200 some such
+    float32 products then read memory that isn't theirs: a forward of 64 rows with 8 warps ends in an illegal access.
+    """
+    layouts = re.findall(
+        r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 3,.*?warpsPerCTA = \[(\d+), (\d+)\]", ttgir
+    )
+    warps = {name: (int(down), int(across)) for name, down, across in layouts}
+    products = re.findall(r"warp_group_dot .*?: tensor<.*?-> tensor<(\d+)x(\d+)x\w+, (#mma\d*)>", ttgir)
+    for rows, columns, name in products:
+        down, across = warps.get(name, (1, 1))
+        if 16 * down > int(rows):
+            return f"{rows}x{columns} by {down * across} warps"
+    return ""
 
 
 def _without_places(assembly: str) -> str:

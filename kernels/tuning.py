@@ -174,6 +174,9 @@ def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
         groups, heights, (2, 4, 8), (2, 4, 8), (1, 2, 3)
     ):
         values = height * max(16, group * pad) / (32 * warps)
+        # Warps without rows of their own: see `compile_worker.overlaid`.
+        if spec.dtype == "float32" and 64 <= height < 16 * warps:
+            continue
         # Fewer values a thread than one 16-byte load, or more than its registers hold, has never paid.
         if 4 <= values <= 64 or (height == heights[0] and values < 4 and warps == 2):
             found.append(TuneConfig(height, group * pad, warps, stages, group=group, programs=programs))

@@ -15,9 +15,9 @@ from torch import nn
 
 import morphc
 from morphc.errors import KernelError, ResourceError, UnknownNameError
-from morphc.kernels import codegen, devices, tuning
+from morphc.kernels import active, codegen, devices, tuning
 from morphc.kernels.codegen import Source
-from morphc.kernels.compile import Job
+from morphc.kernels.compile import Job, compile_all
 from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.tuning import Candidate, Run
 from morphc.passes.plan import Plan
@@ -241,3 +241,16 @@ class TestTune:
             tuning.tune(make_spec(), 64, [candidate(TEMPLATE, 96)], time)
         with pytest.raises(KernelError, match="no candidate to tune"):
             tuning.tune(make_spec(), 64, [], time)
+
+
+def test_products_that_read_what_is_not_theirs_are_told_and_never_a_guess() -> None:
+    """Float32 tiles of 64 rows with 8 warps end in an illegal memory access on an H200."""
+    spec = make_spec(seeds=64, dtype="float32")
+    bad = active.forward_job(spec, TuneConfig(64, 64, 8, 3, group=1, programs=2))
+    good = active.forward_job(spec, TuneConfig(64, 64, 4, 3, group=1, programs=2))
+    told, fine = compile_all([bad, good], processes=1)
+    assert told.problem == "a product of 64x16 by 8 warps, which Triton makes read memory that isn't its own"
+    assert not fine.problem
+    for seeds in (16, 32, 37, 64):
+        for config in tuning.candidates(make_spec(seeds=seeds, dtype="float32"), 4096):
+            assert config.block_rows < 64 or config.block_rows >= 16 * config.num_warps
