@@ -14,30 +14,25 @@ writes before its first function are constants: `NAME = tl.constexpr(...)`.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.machinery
 import importlib.util
 import os
-import re
-import shutil
 import sys
 import tempfile
 import threading
 import types
-import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import platformdirs
 
 from morphc.errors import KernelError, MorphcError, TemplateError
 from morphc.kernels import templating, triton_api
+from morphc.kernels.cache import place, store
+from morphc.kernels.cache.manifest import Provenance
 from morphc.kernels.spec import KernelSpec
 from morphc.kernels.templating import Place, next_pow2
 from morphc.kernels.wrapping import wrapped
@@ -51,7 +46,10 @@ Triton's own cache key has a kernel's line in it: a header that grew by one woul
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A generated file. `digest`: sha256 of `text`; `template_digest`: of the template and what it includes."""
+    """A generated file. `digest`: sha256 of `text`; `template_digest`: of the template and what it includes.
+
+    made_from: all that the text follows from, as JSON has it; key: its sha256, which names the cache's entry.
+    """
 
     name: str
     text: str
@@ -59,15 +57,9 @@ class Source:
     template: str
     template_digest: str
     spec: KernelSpec
+    key: str
+    made_from: Mapping[str, Any] = field(repr=False, compare=False)
     holes: Mapping[str, Any] = field(repr=False, compare=False)
-
-
-class Provenance(msgspec.Struct, frozen=True):
-    """Who a kernel is for: the paths of its layers, and the user's lines that made them."""
-
-    layers: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    template: str = ""
 
 
 def render(template: str, spec: KernelSpec, **holes: Any) -> Source:
@@ -82,11 +74,28 @@ def render(template: str, spec: KernelSpec, **holes: Any) -> Source:
     try:
         ast.parse(text)
     except SyntaxError as error:
-        place = _place(template, filled, text, error.lineno or 1)
+        where = _place(template, filled, text, error.lineno or 1)
         line = text.splitlines()[(error.lineno or 1) - 1].strip()
-        raise TemplateError(f"{place or template}: makes invalid Python, {error.msg}: {line}") from error
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Source(spec.name, text, digest, template, expanded.digest, spec, filled)
+        raise TemplateError(f"{where or template}: makes invalid Python, {error.msg}: {line}") from error
+    digest = place.digest(text.encode())
+    made_from = {
+        "schema": place.SCHEMA,
+        "spec": msgspec.to_builtins(spec),
+        "template": template,
+        "template_sha": expanded.digest,
+        "codegen_sha": codegen_digest(),
+        "holes": msgspec.json.decode(place.canonical(holes)),
+    }
+    key = place.key_of(made_from)
+    return Source(spec.name, text, digest, template, expanded.digest, spec, key, made_from, filled)
+
+
+@lru_cache(maxsize=1)
+def codegen_digest() -> str:
+    """sha256 of the code that makes a file of a template."""
+    folder = Path(__file__).parent
+    files = [folder / name for name in ("codegen.py", "templating.py", "wrapping.py", "spec.py")]
+    return place.digest(b"\0".join(file.read_bytes() for file in files))
 
 
 def locate(source: Source, line: int) -> Place | None:
@@ -213,118 +222,65 @@ def _place(template: str, holes: Mapping[str, Any], text: str, line: int) -> Pla
     return None
 
 
-def cache_root() -> Path:
-    """`$MORPHC_CACHE_DIR/v1`, or `morphc/v1` in the platform's cache folder."""
-    given = os.environ.get("MORPHC_CACHE_DIR")
-    return (Path(given) if given else Path(platformdirs.user_cache_dir("morphc", appauthor=False))) / "v1"
-
-
 def publish(source: Source, provenance: Provenance | None = None) -> Path:
-    """Path of `kernel.py` in the cache, put there if it wasn't, with `spec.json` and `provenance.json` beside.
+    """Path of `kernel.py` in the cache, put there if it wasn't, with what is told of it beside.
 
-    The entry appears by one rename, so nobody sees half of it; who loses a race uses the winner's. An entry
-    whose text is not the source's is moved to `quarantine/` with a warning. Where the cache can't be written
-    a temporary folder takes its place, with one warning. Layers that share a kernel are added to its provenance.
+    The entry appears by one rename, so nobody sees half of it; who loses a race uses the winner's. One that isn't
+    whole, or whose text is not the source's, is moved to `quarantine/` with a warning. Where the cache can't be
+    written a temporary folder takes its place, with one warning. Layers that share a kernel are added to its
+    provenance.
     """
-    root = cache_root()
+    root = place.root()
     told = msgspec.structs.replace(provenance or Provenance(), template=source.template)
     with _lock:
-        path = _published.get((source.digest, root))
+        path = _published.get((source.key, source.digest, root))
         if path is None:
-            try:
-                path = _put(source, told, root)
-            except OSError as error:
-                path = _put_elsewhere(source, told, root, error)
-            _published[source.digest, root] = path
+            path = _published[source.key, source.digest, root] = _put(source, told, root)
         if provenance is not None:
-            _tell(path.with_name("provenance.json"), told)
+            store.add_provenance(path.parent, told)
         return path
 
 
 _lock = threading.RLock()
-_published: dict[tuple[str, Path], Path] = {}
+_published: dict[tuple[str, str, Path], Path] = {}
 _modules: dict[str, types.ModuleType] = {}
 
 
 def _put(source: Source, told: Provenance, root: Path) -> Path:
-    short = re.sub(r"[^A-Za-z0-9_.-]", "_", source.name)[:120]
-    entry = root / "kernels" / f"{short}-{source.digest[:12]}"
-    path = entry / "kernel.py"
-    data = source.text.encode()
-    if entry.is_dir():
-        if _holds(path, data):
-            return path
-        _quarantine(entry, root)
-    fresh = entry.with_name(f".{uuid.uuid4().hex}")
-    fresh.mkdir(parents=True)
+    files = {
+        "kernel.py": source.text.encode(),
+        "spec.json": msgspec.json.format(msgspec.json.encode(source.spec), indent=2),
+    }
+
+    def put(where: Path) -> Path:
+        return store.put_kernel(where, source.name, source.made_from, files, told).folder / "kernel.py"
+
     try:
-        (fresh / "kernel.py").write_bytes(data)
-        (fresh / "spec.json").write_bytes(msgspec.json.format(msgspec.json.encode(source.spec), indent=2))
-        (fresh / "provenance.json").write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=2))
-        fresh.rename(entry)
-    except OSError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        # Another process was faster: its entry is as good as ours.
-        if not _holds(path, data):
-            raise
-    return path
-
-
-def _tell(path: Path, told: Provenance) -> None:
-    """Add to the layers and lines that a kernel is for. Of two processes that do so at once, one may be lost."""
+        return put(root)
+    except (OSError, place.DamagedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    place.warn_once(
+        "unwritable",
+        root,
+        f"kernels are not kept: {root} can't be written ({reason}); name another folder in MORPHC_CACHE_DIR",
+    )
     try:
-        before = msgspec.json.decode(path.read_bytes(), type=Provenance)
-    except (OSError, msgspec.MsgspecError):
-        before = Provenance()
-    layers = tuple(dict.fromkeys((*before.layers, *told.layers)))
-    sources = tuple(dict.fromkeys((*before.sources, *told.sources)))
-    after = Provenance(layers, sources, told.template)
-    if after == before:
-        return
-    fresh = path.with_name(f".{uuid.uuid4().hex}")
-    # It is for people to read: a cache that can't be written does without.
-    with suppress(OSError):
-        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(after), indent=2))
-        fresh.replace(path)
+        return put(Path(_temporary().name))
+    except OSError as second:
+        raise KernelError(
+            f"{source.name} can't be written, neither to {root} ({reason}) nor to a temporary folder "
+            f"({second.strerror}): Triton compiles files"
+        ) from second
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
-def _quarantine(entry: Path, root: Path) -> None:
-    aside = root / "quarantine" / f"{entry.name}-{uuid.uuid4().hex[:8]}"
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    entry.rename(aside)
-    warnings.warn(f"cache entry {entry.name} is not what was put there; moved to {aside}", stacklevel=4)
+def root_of(path: Path) -> Path:
+    """The cache that a published `kernel.py` lies in: the user's, or the temporary one."""
+    return path.parents[2]
 
 
 @lru_cache(maxsize=1)
 def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="morphc-")
-
-
-_warned: set[Path] = set()
-
-
-def _put_elsewhere(source: Source, told: Provenance, root: Path, error: OSError) -> Path:
-    if root not in _warned:
-        _warned.add(root)
-        warnings.warn(
-            f"kernels are not kept: {root} can't be written ({error.strerror}); "
-            "name another folder in MORPHC_CACHE_DIR",
-            stacklevel=4,
-        )
-    try:
-        return _put(source, told, Path(_temporary().name))
-    except OSError as second:
-        raise KernelError(
-            f"{source.name} can't be written, neither to {root} ({error.strerror}) nor to a temporary folder "
-            f"({second.strerror}): Triton compiles files"
-        ) from second
 
 
 def module_name(source: Source) -> str:

@@ -7,6 +7,7 @@ keep ptxas busy for minutes and are given up on, and because LLVM ends the proce
 from __future__ import annotations
 
 import atexit
+import base64
 import json
 import os
 import select
@@ -21,11 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from morphc.errors import KernelError, ResourceError, TritonError, UnsupportedKernelError
-from morphc.kernels import backend, codegen, triton_api
+from morphc.kernels import backend, binaries, codegen, triton_api
+from morphc.kernels.cache import counters, store
 from morphc.kernels.codegen import Source
 
 TIME_LIMIT = 120.0
@@ -142,18 +145,21 @@ def compile_all(
     *,
     processes: int | None = None,
     time_limit: float = TIME_LIMIT,
+    keep: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Resources | Failure]:
     """Compile many kernels in parallel; results in the order of `jobs`.
 
-    progress(done, total) is called after each, in the calling thread. Ctrl-C ends the workers and is raised.
+    keep: those that the cache has are not compiled, and the others are put there. progress(done, total) is called
+    after each, in the calling thread. Ctrl-C ends the workers and is raised.
     """
     if problem := backend.triton_problem():
         raise TritonError(problem)
     triton_api.find_a_cache()
     for job in jobs:
         _check_target(job.target)
-    messages = [_message(job) for job in jobs]
+    wanted = [_wanted(job) for job in jobs] if keep else []
+    messages = [_message(job, keep) for job in jobs]
     if not jobs:
         return []
     count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
@@ -161,7 +167,8 @@ def compile_all(
     executor = ThreadPoolExecutor(count, thread_name_prefix="morphc-compile")
     try:
         for at, message in enumerate(messages):
-            done[executor.submit(_POOL.run, message, time_limit)] = at
+            run = partial(_POOL.run, message, time_limit)
+            done[executor.submit(_kept, wanted[at], run) if keep else executor.submit(run)] = at
         pending: set[Future[dict[str, Any]]] = set(done)
         while pending:
             finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -205,7 +212,34 @@ def _check_target(target: str) -> None:
         )
 
 
-def _message(job: Job) -> str:
+def _wanted(job: Job) -> binaries.Wanted:
+    options = triton_options(job.options, job.target)
+    return binaries.wanted(
+        job.source, job.function, job.signature, job.constants, job.aligned, options, job.target
+    )
+
+
+def _kept(want: binaries.Wanted, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer of a worker, or what was kept of one."""
+    if (found := want.find()) is None:
+        with store.alone(want.root, want.key) as keeping:
+            # Whoever held the lock before may have put it there.
+            if (found := want.find()) is None:
+                want.refuse_to_compile()
+                reasons = want.why()
+                answer = run()
+                kept = answer.pop("kept", None)
+                binaries.count_miss(want, reasons, answer.get("seconds", 0.0))
+                if kept is not None and keeping:
+                    files = {name: base64.b64decode(data) for name, data in kept["files"].items()}
+                    want.keep(files, answer | {"arguments": kept["arguments"]})
+                return answer
+    binaries.count_hit(found)
+    told = ("registers", "spills", "shared", "size", "digest", "seconds")
+    return {name: found.manifest.details[name] for name in told}
+
+
+def _message(job: Job, keep: bool) -> str:
     told = {
         "path": str(codegen.publish(job.source)),
         "module": codegen.module_name(job.source),
@@ -215,6 +249,7 @@ def _message(job: Job) -> str:
         "aligned": list(job.aligned),
         "options": triton_options(job.options, job.target),
         "target": job.target,
+        "keep": keep,
     }
     return json.dumps(told)
 
@@ -316,6 +351,7 @@ class _Pool:
             worker = _Worker()
         with self._lock:
             self._busy.add(worker)
+        counters.compiling()
         answer = worker.run(message, limit)
         with self._lock:
             self._busy.discard(worker)

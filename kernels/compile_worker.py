@@ -6,6 +6,7 @@ hundreds of MB), and it isn't started by `multiprocessing`, which would run the 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import importlib.util
@@ -54,14 +55,12 @@ def measure(kernel: Any, log: str = "") -> dict[str, Any]:
     """
     cuda = kernel.metadata.target.backend == "cuda"
     registers, spills = _cuda(kernel, log) if cuda else _hip(kernel.asm["amdgcn"])
-    launched = f"{kernel.metadata.num_warps} {kernel.metadata.shared}\n"
-    code = _without_places(kernel.asm["ptx" if cuda else "amdgcn"])
     return {
         "registers": registers,
         "spills": spills,
         "shared": kernel.metadata.shared,
         "size": len(kernel.kernel),
-        "digest": hashlib.sha256((launched + code).encode()).hexdigest(),
+        "digest": digest_of(kernel),
         "overlaid": overlaid(kernel.asm.get("ttgir", "")),
     }
 
@@ -83,6 +82,15 @@ def overlaid(ttgir: str) -> str:
         if 16 * down > int(rows):
             return f"{rows}x{columns} by {down * across} warps"
     return ""
+
+
+def digest_of(kernel: Any) -> str:
+    """Equal for equal code that starts alike."""
+    launched = f"{kernel.metadata.num_warps} {kernel.metadata.shared}\n"
+    text = kernel.asm.get("ptx" if kernel.metadata.target.backend == "cuda" else "amdgcn")
+    # Triton can be told to keep the binary alone.
+    code = kernel.kernel if text is None else _without_places(text).encode()
+    return hashlib.sha256(launched.encode() + code).hexdigest()
 
 
 def _without_places(assembly: str) -> str:
@@ -181,7 +189,20 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             job["options"],
             gpu_target(job["target"]),
         )
-    return measure(kernel, log.getvalue()) | {"seconds": _processor_seconds() - started}
+    answer = measure(kernel, log.getvalue()) | {"seconds": _processor_seconds() - started}
+    if job.get("keep"):
+        files = {name: base64.b64encode(data).decode() for name, data in files_of(kernel).items()}
+        answer["kept"] = {"files": files, "arguments": list(getattr(module, job["function"]).arg_names)}
+    return answer
+
+
+def files_of(kernel: Any) -> dict[str, bytes]:
+    """What Triton needs to load the kernel again: its own description of it, and the binary."""
+    described = next(path for name, path in kernel.metadata_group.items() if name.endswith(".json"))
+    with open(described, "rb") as file:
+        description = file.read()
+    kind = "cubin" if kernel.metadata.target.backend == "cuda" else "hsaco"
+    return {"kernel.json": description, f"kernel.{kind}": bytes(kernel.kernel)}
 
 
 def _processor_seconds() -> float:

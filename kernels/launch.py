@@ -10,6 +10,7 @@ ints (`tensor.data_ptr()`), which also saves the driver's look-up of each.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from morphc.errors import KernelError, ResourceError, UnsupportedKernelError
-from morphc.kernels import backend, codegen, triton_api
+from morphc.kernels import backend, binaries, codegen, triton_api
+from morphc.kernels.cache import counters, store
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job, triton_options
-from morphc.kernels.compile_worker import build, explain
+from morphc.kernels.compile_worker import build, digest_of, explain, files_of
 
 Grid = tuple[int, int, int]
 
@@ -137,13 +139,12 @@ def prepare(
                     f"{source.name} on {device}: TRITON_INTERPRET changed after triton was imported, which reads it "
                     "once; set it before Python starts"
                 )
-            loaded = codegen.load(source, function)
-            _check(source, loaded, signature, constants, aligned)
             options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "pdl": pdl}
+            job = Job(source, function, signature, constants, tuple(aligned), options)
             if device.type == "cpu":
-                found = Prepared(source.name, device, _interpreted(loaded, dict(constants)))
+                found = Prepared(source.name, device, _interpreted(_load(job), dict(constants)))
             else:
-                found = _on_gpu(source, loaded, signature, constants, tuple(aligned), options, device)
+                found = _on_gpu(job, device)
             _prepared[key] = found
     return found
 
@@ -236,31 +237,96 @@ def _interpreted(function: Any, constants: dict[str, Any]) -> triton_api.Launch:
     return launch
 
 
-def _on_gpu(
-    source: Source,
-    function: Any,
-    signature: Mapping[str, str],
-    constants: Mapping[str, Any],
-    aligned: tuple[str, ...],
-    given: dict[str, Any],
-    device: torch.device,
-) -> Prepared:
+def _load(job: Job) -> Any:
+    """The generated function, whose arguments are those of the job."""
+    loaded = codegen.load(job.source, job.function)
+    _check(job.source, loaded, job.signature, job.constants, job.aligned)
+    return loaded
+
+
+def _on_gpu(job: Job, device: torch.device) -> Prepared:
     with torch.cuda.device(device):
         target = triton_api.triton().runtime.driver.active.get_current_target()
-        options = triton_options(given, f"{target.backend}:{target.arch}")
-        try:
-            kernel = build(function, dict(signature), dict(constants), aligned, options, target)
-        except Exception as error:
-            said, places = explain(error)
-            place = codegen.places(source, places)
-            raise KernelError(f"{source.name} doesn't compile for {device}{place}: {said}") from error
-        try:
-            launch = triton_api.launcher(kernel, function, signature, constants, options, device.index)
-        except ResourceError as error:
-            raise ResourceError(f"{source.name} {error}; use smaller tiles or fewer stages") from error
+        named = f"{target.backend}:{target.arch}"
+        options = triton_options(job.options, named)
+        want = binaries.wanted(
+            job.source, job.function, job.signature, job.constants, job.aligned, options, named
+        )
+        kernel = _recalled(job, want)
+        if kernel is not None:
+            launch = _launcher(kernel, job, options, device)
+        else:
+            with store.alone(want.root, want.key) as keeping:
+                # Whoever held the lock before may have put it there.
+                kernel = _recalled(job, want)
+                if kernel is not None:
+                    launch = _launcher(kernel, job, options, device)
+                else:
+                    kernel, launch = _compiled(job, want, options, target, device, keeping)
     if torch.cuda.device_count() > 1:
         launch = _on_its_device(launch, device.index)
-    return Prepared(source.name, device, launch, kernel)
+    return Prepared(job.source.name, device, launch, kernel)
+
+
+def _recalled(job: Job, want: binaries.Wanted) -> Any:
+    """The kernel as it was compiled before; None where it wasn't."""
+    found = want.find()
+    if found is None:
+        return None
+    told = found.manifest
+    try:
+        kernel = triton_api.assemble(
+            found.folder, told.files, job.function, told.details["arguments"], job.signature, job.constants
+        )
+    except OSError:
+        return None  # pruned a moment ago
+    binaries.count_hit(found)
+    return kernel
+
+
+def _compiled(
+    job: Job,
+    want: binaries.Wanted,
+    options: dict[str, Any],
+    target: Any,
+    device: torch.device,
+    keeping: bool,
+) -> tuple[Any, triton_api.Launch]:
+    """Compile the kernel, load it, and then put it into the cache: one that isn't loaded is not worth keeping."""
+    want.refuse_to_compile()
+    loaded, reasons = _load(job), want.why()
+    started = time.perf_counter()
+    counters.compiling()
+    try:
+        kernel = build(loaded, dict(job.signature), dict(job.constants), tuple(job.aligned), options, target)
+    except Exception as error:
+        said, places = explain(error)
+        place = codegen.places(job.source, places)
+        raise KernelError(f"{job.source.name} doesn't compile for {device}{place}: {said}") from error
+    seconds = time.perf_counter() - started
+    binaries.count_miss(want, reasons, seconds)
+    launch = _launcher(kernel, job, options, device)
+    if keeping:
+        told = {
+            "arguments": list(loaded.arg_names),
+            "registers": kernel.n_regs,
+            "spills": kernel.n_spills,
+            "shared": kernel.metadata.shared,
+            "size": len(kernel.kernel),
+            "digest": digest_of(kernel),
+            "seconds": seconds,
+        }
+        want.keep(files_of(kernel), told)
+    return kernel, launch
+
+
+def _launcher(kernel: Any, job: Job, options: dict[str, Any], device: torch.device) -> triton_api.Launch:
+    try:
+        return triton_api.launcher(
+            kernel, lambda: _load(job), job.signature, job.constants, options, device.index
+        )
+    except ResourceError as error:
+        raise ResourceError(f"{job.source.name} {error}; use smaller tiles or fewer stages") from error
 
 
 def _on_its_device(launch: triton_api.Launch, index: int) -> triton_api.Launch:

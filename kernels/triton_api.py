@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,9 +93,27 @@ def mend_interpreter() -> None:
     builder.create_splat = splat
 
 
+def assemble(
+    folder: Path,
+    files: Iterable[str],
+    function: str,
+    arguments: Sequence[str],
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+) -> Any:
+    """A CompiledKernel of files that are whole, without compiling: the constructor that Triton's own cache ends in.
+
+    It is given the source only to be asked for the arguments' names and types, so the generated file is not run.
+    """
+    compiler = triton().compiler
+    named = SimpleNamespace(__name__=function, arg_names=list(arguments), launch_metadata=None)
+    source = compiler.ASTSource(fn=named, signature=dict(signature), constexprs=dict(constants))
+    return compiler.CompiledKernel(source, {name: str(folder / name) for name in files}, folder.name)
+
+
 def launcher(
     kernel: Any,
-    function: Any,
+    function: Callable[[], Any],
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -102,6 +121,7 @@ def launcher(
 ) -> Launch:
     """The cheapest way to start `kernel` (a CompiledKernel) on the current stream of CUDA device `index`.
 
+    function: gives the generated function, which only a Triton that is not known here needs.
     The kernel is loaded by this, on the current device, which is to be that one. Raises ResourceError and
     TritonError where that fails.
     """
@@ -182,11 +202,15 @@ class _Pointer:
 
 
 def _through_jit(
-    function: Any, signature: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]
+    given: Callable[[], Any],
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Launch:
     """Triton's public way, which reads the current stream itself."""
     _warn_unknown()
     types = list(signature.values())
+    function = given()
 
     def launch(grid: tuple[int, int, int], *args: Any) -> None:
         passed = [

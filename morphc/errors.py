@@ -103,3 +103,22 @@ class UnsupportedKernelError(KernelError, TypeError):
 
 class ResourceError(KernelError):
     """A kernel needs more of the device than it has; the message names the limit."""
+
+
+class CacheMissError(KernelError):
+    """A kernel would have to be compiled, and that was forbidden."""
+
+    def __init__(self, kernel: str, target: str, reasons: Iterable[str]) -> None:
+        told = "; ".join(reasons)
+        super().__init__(
+            f"{kernel} is not in the cache for {target} ({told}): import a bundle that has it (morphc cache import), "
+            "or allow compiling"
+        )
+
+
+class CacheError(MorphcError, ValueError):
+    """The cache, a bundle, or a key of it can't be used as asked; the message says what would do."""
+
+
+class BundleError(CacheError):
+    """A file that is no bundle, or a bundle that holds what no bundle may; nothing of it was imported."""

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -19,7 +20,9 @@ from kernel_helpers import SPEC, TEMPLATE, blueprint
 from morphc.errors import KernelError, TemplateError, UnknownNameError
 from morphc.kernels import codegen, templating
 from morphc.kernels.blueprints import Bottleneck, base
-from morphc.kernels.codegen import KERNEL_LINE, Provenance, Source
+from morphc.kernels.cache import place
+from morphc.kernels.cache.manifest import Provenance
+from morphc.kernels.codegen import KERNEL_LINE, Source
 from morphc.kernels.reference.chunks import bounds
 
 
@@ -189,13 +192,15 @@ class TestPublishing:
         source = make(more=3)
         path = codegen.publish(source, Provenance(layers=("encoder.fc1",), sources=("model.py:41",)))
         assert path.read_text() == source.text
-        assert path.parent.name == f"{source.name}-{source.digest[:12]}"
+        assert path.parent.name == f"{source.name}-{source.key[:12]}"
         told = json.loads((path.parent / "provenance.json").read_text())
+        del told["check"]
         assert told == {"layers": ["encoder.fc1"], "sources": ["model.py:41"], "template": "blueprint:own"}
         spec = msgspec.json.decode((path.parent / "spec.json").read_text(), type=type(SPEC))
         assert spec == source.spec
         assert sorted(file.name for file in path.parent.iterdir()) == [
             "kernel.py",
+            "manifest.json",
             "provenance.json",
             "spec.json",
         ]
@@ -208,6 +213,7 @@ class TestPublishing:
         assert json.loads(path.with_name("provenance.json").read_text())["layers"] == ["fc1", "fc2"]
         assert sorted(file.name for file in path.parent.iterdir()) == [
             "kernel.py",
+            "manifest.json",
             "provenance.json",
             "spec.json",
         ]
@@ -228,8 +234,8 @@ class TestPublishing:
         rename = Path.rename
 
         def other_first(self: Path, target: Path) -> Path:
-            target.mkdir(parents=True)
-            (target / "kernel.py").write_text(source.text)
+            if self.parent.name == "kernels":
+                shutil.copytree(self, target)
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", other_first)
@@ -267,7 +273,7 @@ class TestPublishing:
 
         source = make(more=15)
         monkeypatch.setenv("MORPHC_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(codegen, "_warned", {codegen.cache_root()})
+        monkeypatch.setattr(place, "_warned", {("unwritable", str(place.root()))})
         monkeypatch.setattr(Path, "mkdir", full)
         with pytest.raises(
             KernelError, match=r"neither to .*v1 \(No space left.*nor to a temporary folder \(No space"
@@ -280,7 +286,7 @@ class TestPublishing:
         source = make(more=9)
         path = codegen.publish(source)
         codegen._published.clear()
-        monkeypatch.setattr(Path, "mkdir", None)
+        monkeypatch.setattr(place, "stage", None)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert codegen.publish(source) == path
@@ -288,9 +294,9 @@ class TestPublishing:
     def test_the_cache_is_where_doctor_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from morphc.cli import doctor
 
-        assert codegen.cache_root() == doctor.cache_folder()
+        assert place.root() == doctor.cache_folder()
         monkeypatch.delenv("MORPHC_CACHE_DIR")
-        assert codegen.cache_root() == doctor.cache_folder()
+        assert place.root() == doctor.cache_folder()
 
 
 class TestLoading:

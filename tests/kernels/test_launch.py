@@ -199,7 +199,7 @@ def launcher_of(kernel: Any, function: Any = None, version: str = "3.6.0") -> An
     found = pytest.MonkeyPatch()
     found.setattr(triton_api.triton(), "__version__", version)
     try:
-        return triton_api.launcher(kernel, function, SIGNATURE, BLOCK, {"num_warps": 4}, 0)
+        return triton_api.launcher(kernel, lambda: function, SIGNATURE, BLOCK, {"num_warps": 4}, 0)
     finally:
         found.undo()
 
