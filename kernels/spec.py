@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Literal
 
 import msgspec
+
+from morphc.errors import ConfigError
 
 # Why a blueprint that reads an input can't stand behind a transposed convolution.
 TRANSPOSED = "the layer is a transposed convolution, whose input lies on another grid than its output"
@@ -55,6 +58,41 @@ class KernelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def digest(self) -> str:
         """sha256 of the canonical JSON, hex."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+    @classmethod
+    def from_name(cls, name: str) -> KernelSpec:
+        """Inverse of `name`; `arch` is `any`. Raises ConfigError for what is no kernel's name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ConfigError(
+                f"{name!r} is no kernel's name; one is forward_bottleneck_h4096_s1024_k64_r16_bf16, "
+                "telemetry_h4096_s1024_bf16"
+            )
+        long = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+        numbers = {letter: int(match[letter] or 0) for letter in "hskr"}
+        told = {
+            "kind": match["kind"],
+            "features": numbers["h"],
+            "seeds": numbers["s"],
+            "chunk": -(-numbers["h"] // numbers["s"]) if numbers["s"] else 0,
+            "slots": numbers["k"],
+            "rank": numbers["r"],
+            "blueprint": match["blueprint"] or "",
+            "blend": match["blend"] or ("residual" if match["blueprint"] else ""),
+            "epilogue": match["epilogue"],
+            "layout": match["layout"] or "last",
+            "dtype": long.get(match["dtype"], match["dtype"]),
+        }
+        return msgspec.convert(told, cls)
+
+
+# A user's blueprint may have any name, so what is known of the others is asked for first.
+_NAME = re.compile(
+    r"(?P<kind>active_list|lifecycle_requests|tap_backward|[a-z]+)"
+    r"(?:_(?P<blueprint>[A-Za-z0-9_-]+?))??(?:_(?P<blend>lerp|multiply|gate))?"
+    r"(?:_h(?P<h>\d+))?(?:_s(?P<s>\d+))?(?:_k(?P<k>\d+))?(?:_r(?P<r>\d+))?"
+    r"_(?P<dtype>bf16|fp16|fp32|fp64|int32)(?:_(?P<layout>channels_first|channels_last))?(?:_(?P<epilogue>\w+))?"
+)
 
 
 class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from morphc import errors
     from morphc.api import compile, detach, enlarge, report, seeds
+    from morphc.caching import cache
     from morphc.checkpoint import load, save
     from morphc.config import Config
     from morphc.folding import fold
@@ -25,6 +26,7 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "cache",
     "compile",
     "detach",
     "enlarge",
@@ -42,6 +44,7 @@ _HOME = {
     "Plan": "morphc.passes.plan",
     "Report": "morphc.reporting",
     "__version__": "morphc.version",
+    "cache": "morphc.caching",
     "compile": "morphc.api",
     "detach": "morphc.api",
     "enlarge": "morphc.api",

@@ -13,6 +13,7 @@ import typer
 
 from morphc.cli.app import app
 from morphc.errors import (
+    CacheError,
     CheckpointError,
     ConfigError,
     ExampleInputError,
@@ -62,7 +63,7 @@ def exit_status(error: MorphcError) -> int:
         return 1
     if isinstance(error, UserCodeError):
         return 1 if error.__cause__ is not None else 2
-    refused = (ConfigError, PlanError, ExampleInputError, UnsupportedHostError, CheckpointError)
+    refused = (ConfigError, PlanError, ExampleInputError, UnsupportedHostError, CheckpointError, CacheError)
     return 2 if isinstance(error, refused) else 1
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from morphc.cli import cache
 from morphc.cli.options import with_config
 from morphc.version import __version__
 
@@ -134,6 +135,9 @@ def bisect(
     from morphc.cli import commands
 
     return commands.bisect_file(commands.Job(target, tuple(inputs or ()), options, passes, json=json))
+
+
+app.add_typer(cache.app)
 
 
 @app.command()

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import msgspec
-import platformdirs
 
+from morphc.kernels.cache import place
 from morphc.version import __version__
 
 EXTRAS = {
@@ -77,7 +77,7 @@ def examine() -> Examination:
         missing.append("triton: for the triton backend (Linux only): pip install triton")
     elif not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         missing.append("a C compiler: triton builds its launcher with it: apt-get install gcc")
-    cache = cache_folder()
+    cache = place.root()
     writable = _writable(cache)
     if not writable:
         missing.append(f"a writable cache: {cache} is not; set MORPHC_CACHE_DIR")
@@ -99,13 +99,6 @@ def as_text(found: Examination) -> str:
     lines.append(f"{'cache':18} {found.cache}{'' if found.cache_writable else ' (not writable)'}")
     lines += [f"{'missing':18} {text}" for text in found.missing] or [f"{'missing':18} nothing"]
     return "\n".join(lines)
-
-
-def cache_folder() -> Path:
-    """Where kernels and tuning results are kept: $MORPHC_CACHE_DIR, or the platform's cache folder."""
-    chosen = os.environ.get("MORPHC_CACHE_DIR")
-    base = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("morphc", appauthor=False))
-    return base / "v1"
 
 
 def _backend() -> tuple[str, str]:
