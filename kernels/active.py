@@ -287,6 +287,8 @@ def resident(prepared: launch.Prepared, num_warps: int) -> int:
 
 def target_of(device: torch.device) -> str:
     """What kernels for `device` are compiled for, as far as their source depends on it."""
+    if target := launch.collected_target(device):
+        return target.partition(":")[0]
     if device.type != "cuda":
         return "cpu"
     return "hip" if torch.version.hip else "cuda"

@@ -158,7 +158,7 @@ def compile_all(
     triton_api.find_a_cache()
     for job in jobs:
         _check_target(job.target)
-    wanted = [_wanted(job) for job in jobs] if keep else []
+    forms = [wanted(job) for job in jobs] if keep else []
     messages = [_message(job, keep) for job in jobs]
     if not jobs:
         return []
@@ -168,7 +168,7 @@ def compile_all(
     try:
         for at, message in enumerate(messages):
             run = partial(_POOL.run, message, time_limit)
-            done[executor.submit(_kept, wanted[at], run) if keep else executor.submit(run)] = at
+            done[executor.submit(_kept, forms[at], run) if keep else executor.submit(run)] = at
         pending: set[Future[dict[str, Any]]] = set(done)
         while pending:
             finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -212,7 +212,8 @@ def _check_target(target: str) -> None:
         )
 
 
-def _wanted(job: Job) -> binaries.Wanted:
+def wanted(job: Job) -> binaries.Wanted:
+    """The compiled form of a job, and where the cache has it or would have."""
     options = triton_options(job.options, job.target)
     return binaries.wanted(
         job.source, job.function, job.signature, job.constants, job.aligned, options, job.target

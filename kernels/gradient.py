@@ -450,4 +450,8 @@ class Backward:
 
 def follows_early(device: torch.device) -> bool:
     """Whether a kernel can be launched there before the one ahead of it has ended."""
-    return target_of(device) == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if target_of(device) != "cuda":
+        return False
+    if target := launch.collected_target(device):
+        return int(target.partition(":")[2]) >= 90
+    return torch.cuda.get_device_capability(device)[0] >= 9

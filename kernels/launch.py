@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import KernelError, ResourceError, UnsupportedKernelError
-from morphc.kernels import backend, binaries, codegen, triton_api
+from morphc.kernels import backend, binaries, codegen, triton_api, tuning
 from morphc.kernels.cache import counters, store
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job, triton_options
@@ -56,8 +56,16 @@ def pointer(tensor: torch.Tensor) -> str:
     return f"*{triton_type(tensor.dtype)}"
 
 
+def collected_target(device: torch.device) -> str:
+    """The target that jobs are collected for, where `device` is `meta`, which then stands for it; else empty."""
+    collected = _collected.get()
+    return collected[1] if collected is not None and device.type == "meta" else ""
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a persistent grid run at once; a handful in the interpreter."""
+    if target := collected_target(device):
+        return tuning.processors_of(target)
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -160,8 +168,9 @@ def _nothing(grid: Grid, *args: Any) -> None:
 def collecting(target: str) -> Iterator[list[Job]]:
     """What is prepared in here is neither compiled nor run: it ends in a list of jobs for `target`.
 
-    So whoever prepares what its arguments ask for can be asked what that is, by calling it. It may keep what it
-    got, which does nothing: it is to be thrown away.
+    On the device `meta`, kernels are prepared as they would be on a device of that target. So whoever prepares what
+    its arguments ask for can be asked what that is, by calling it. It may keep what it got, which does nothing: it is
+    to be thrown away.
     """
     jobs: list[Job] = []
     token = _collected.set((jobs, target))

@@ -508,6 +508,8 @@ class Telemetry:
 
 def target_of(device: torch.device) -> str:
     """The target of `job` that is `device`."""
+    if target := launch.collected_target(device):
+        return target if target.startswith("cuda") else "hip"
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:

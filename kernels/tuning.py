@@ -24,6 +24,7 @@ import torch
 
 from morphc.errors import KernelError, ResourceError, UnknownNameError
 from morphc.kernels import devices
+from morphc.kernels.cache.tables import Trial
 from morphc.kernels.compile import TIME_LIMIT, Failure, Job, Resources, compile_all
 from morphc.kernels.devices import Device
 from morphc.kernels.spec import KernelSpec, TuneConfig
@@ -42,20 +43,6 @@ Run = Callable[[int], None]
 
 TimeFunction = Callable[[Sequence[Run], int], Sequence[float]]
 """`time(runs, rounds)`: microseconds of one call of each."""
-
-
-class Trial(msgspec.Struct, frozen=True):
-    """What became of one candidate. us: of one call, None where it wasn't timed; problem: why not, if so.
-
-    same_as: position of the candidate with the same binary, whose time it has.
-    """
-
-    config: TuneConfig
-    us: float | None = None
-    problem: str = ""
-    same_as: int | None = None
-    registers: int = 0
-    shared: int = 0
 
 
 class Tuned(msgspec.Struct, frozen=True):
@@ -160,6 +147,18 @@ _BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 def processors(device: Device) -> int:
     """Multiprocessors of a device of the cost model."""
     return next((count for name, count in MULTIPROCESSORS.items() if name in device.name), 108)
+
+
+TARGETS: Final = {"cuda:80": 108, "cuda:89": 58, "cuda:90": 132, "cuda:100": 148, "hip:gfx942": 304}
+"""Architectures that kernels are compiled ahead of time for, and the multiprocessors of their usual device: whether
+a launch has few programs decides which form of a kernel it takes."""
+
+
+def processors_of(target: str) -> int:
+    """Multiprocessors of the usual device of an architecture. Raises UnknownNameError for one not in TARGETS."""
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)
+    return TARGETS[target]
 
 
 def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:

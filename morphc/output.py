@@ -17,7 +17,7 @@ from types import TracebackType
 
 from morphc.errors import ConfigError
 
-OURS = frozenset({"plan.json", "report.json", "report.html", "graphs"})
+OURS = frozenset({"plan.json", "report.json", "report.html", "graphs", "kernels.json", "kernels.tar.gz"})
 
 
 class OutputFolder:

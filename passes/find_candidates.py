@@ -375,6 +375,7 @@ class _Search:
             executed=executed,
             note="; ".join(filter(None, (note, self._fold_note(path, attention is not None)))),
             parts=3 if attention is not None and path.endswith(PACKED) else 1,
+            positions=kinds_of.positions_of(shape, output),
         )  # fmt: skip
 
     def _owns_input(self, path: str, module: nn.Module | None) -> bool:

@@ -305,6 +305,13 @@ def rows_of(shape: Shape, output: tuple[int, ...] | None) -> int:
     return math.prod(output) // output[shape.feature_axis] if output[shape.feature_axis] else 0
 
 
+def positions_of(shape: Shape, output: tuple[int, ...] | None) -> int:
+    """Positions of one sample of the recorded output: the product of the axes behind the feature axis."""
+    if not output or not -len(output) <= shape.feature_axis < len(output):
+        return 1
+    return math.prod(output[shape.feature_axis % len(output) + 1 :])
+
+
 def dtype_name(dtype: torch.dtype | None) -> str:
     """`float32` for torch.float32."""
     return str(dtype).removeprefix("torch.") if dtype is not None else "float32"

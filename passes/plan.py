@@ -29,7 +29,8 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (the out-projection of a MultiheadAttention). `parameter_share`, `flop_share`: of the whole model's.
     `dominates`: how many later values can only be reached through this one. `host_flops_per_row`: the host
     layer's own. `parts`: the features are that many equal parts which each have the same number of chunks, three
-    for the packed q | k | v of a MultiheadAttention.
+    for the packed q | k | v of a MultiheadAttention. `positions`: of a sample, behind its features (height times width
+    of an image); 1 where the features come last.
     """
 
     path: str
@@ -65,6 +66,7 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     predicted: dict[str, float] = {}
     note: str = ""
     parts: int = 1
+    positions: int = 1
 
 
 class Miss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

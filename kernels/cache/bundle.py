@@ -67,24 +67,17 @@ def export(
     path: Path,
     words: Collection[str] = (),
     arch: str | None = None,
-    only: Collection[str] | None = None,
 ) -> Index:
     """Write entries with their tables into a bundle; gzip'd where the name ends so.
 
-    words: keys, names or their beginnings; none: all entries. arch: only forms compiled for it. only: keys of compiled
-    forms that go in, and no others. Raises CacheError; a damaged entry is refused, with its name.
+    words: keys, names or their beginnings; none: all entries. arch: only forms compiled for it. Raises CacheError; a
+    damaged entry is refused, with its name.
     """
     chosen = [inventory.resolve(root, word) for word in words] if words else inventory.names(root)
-    files = {name: data for each in dict.fromkeys(chosen) for name, data in _files(root, each, arch, only)}
-    if not files:
-        raise CacheError(f"nothing to export: {root} holds no entry{f' for {arch}' if arch else ''}")
-    sums = {name: FileSum(place.digest(data), len(data)) for name, data in files.items()}
-    index = Index(place.SCHEMA, __version__, sums)
-    index = msgspec.structs.replace(index, check=_check(index))
+    index, data = pack(root, chosen, arch, zipped=path.suffix in (".gz", ".tgz"))
     fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with fresh.open("wb") as file:
-            _pack(file, path, {INDEX: msgspec.json.encode(index), **files})
+        fresh.write_bytes(data)
         fresh.replace(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
@@ -92,8 +85,27 @@ def export(
     return index
 
 
-def _pack(file: IO[bytes], path: Path, files: dict[str, bytes]) -> None:
-    zipped = path.suffix in (".gz", ".tgz")
+def pack(
+    root: Path,
+    names: Collection[str],
+    arch: str | None = None,
+    only: Collection[str] | None = None,
+    *,
+    zipped: bool = True,
+) -> tuple[Index, bytes]:
+    """The bundle of the entries in these folders. only: keys of compiled forms that go in, and no others."""
+    files = {name: data for each in dict.fromkeys(names) for name, data in _files(root, each, arch, only)}
+    if not files:
+        raise CacheError(f"nothing to export: {root} holds no entry{f' for {arch}' if arch else ''}")
+    sums = {name: FileSum(place.digest(data), len(data)) for name, data in files.items()}
+    index = Index(place.SCHEMA, __version__, sums)
+    index = msgspec.structs.replace(index, check=_check(index))
+    out = io.BytesIO()
+    _pack(out, zipped, {INDEX: msgspec.json.encode(index), **files})
+    return index, out.getvalue()
+
+
+def _pack(file: IO[bytes], zipped: bool, files: dict[str, bytes]) -> None:
     # Without a name and a time in it, equal contents make equal bundles.
     out: Any = gzip.GzipFile("", "wb", 6, file, 0) if zipped else file
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT) as archive:

@@ -54,7 +54,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FOLDER",
-        help="Write plan.json, report.json, report.html and the graphs as Python here, all or nothing. "
+        help="Write plan.json, report.json, report.html and the graphs as Python here (and with --target "
+        "kernels.tar.gz), all or nothing. "
         "A previous output is replaced.",
     ),
 ]
@@ -94,6 +95,23 @@ def compile_(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Follow this plan instead of searching.")
     ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="ARCH",
+            help="Compile the model's kernels for cuda:80, cuda:90, cuda:100 or hip:gfx942 too, without a GPU "
+            "(repeatable); with -o a bundle of them is written, for morphc cache import.",
+        ),
+    ] = None,
+    require_cached: Annotated[
+        bool,
+        typer.Option(
+            "--require-cached",
+            help="Compile no kernel: exit status 1 and why, where one is not in the cache for --target, or for "
+            "this machine's GPU.",
+        ),
+    ] = False,
     output: Output = None,
     json: Json = False,
 ) -> int:
@@ -102,6 +120,8 @@ def compile_(
 
     return commands.compile_file(
         commands.Job(target, tuple(inputs or ()), options, passes, plan, output, json),
+        targets=tuple(dict.fromkeys(targets or ())),
+        require_cached=require_cached,
         print_after=tuple(print_after or ()),
         verify="auto" if verify is None else verify,
     )

@@ -14,6 +14,7 @@ import msgspec
 
 from morphc.cli.inputs import make_inputs, parse_input
 from morphc.cli.options import make_config
+from morphc.cli.targets import check_targets
 from morphc.errors import ConfigError, ExampleInputError, HostForwardError, PlanError, UnknownNameError
 from morphc.output import OutputFolder, write_graphs
 from morphc.passes.plan import Plan
@@ -45,8 +46,15 @@ class Host(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def compile_file(job: Job, print_after: tuple[str, ...], verify: bool | Literal["auto"]) -> int:
+def compile_file(
+    job: Job,
+    print_after: tuple[str, ...],
+    verify: bool | Literal["auto"],
+    targets: tuple[str, ...] = (),
+    require_cached: bool = False,
+) -> int:
     """`morphc compile`."""
+    check_targets(targets)
     plan = _read_plan(job.plan) if job.plan else None
     # A plan brings its own config; options beside it are checked against that.
     config = None if plan and not job.options else make_config(job.options, plan.config if plan else None)
@@ -79,9 +87,15 @@ def compile_file(job: Job, print_after: tuple[str, ...], verify: bool | Literal[
                     on_print=show,
                     progress=bar,
                 )
+            from morphc.cli.kernels import for_targets
+
+            with ProgressBar() as bar:
+                kernels = for_targets(program, targets, require_cached, bar)
         _publish(program.report, folder)
-    _present(program.report, job.json, result, folder)
-    return 0
+        if folder is not None:
+            kernels.write(folder)
+    _present(program.report, job.json, result, folder, kernels.json())
+    return kernels.present(result if not job.json else sys.stderr)
 
 
 def inspect_file(job: Job) -> int:
@@ -203,9 +217,18 @@ def _warn(lines: Sequence[str]) -> None:
         print(f"morphc: warning: {line}", file=sys.stderr)
 
 
-def _present(report: Report, json: bool, result: TextIO, folder: OutputFolder | None) -> None:
+def _present(
+    report: Report,
+    json: bool,
+    result: TextIO,
+    folder: OutputFolder | None,
+    kernels: list[dict[str, Any]] | None = None,
+) -> None:
     _warn(report.warnings)
-    if json:
+    if json and kernels:
+        told = msgspec.json.decode(report.to_json()) | {"kernels": kernels}
+        print(msgspec.json.encode(told).decode(), file=result)
+    elif json:
         print(report.to_json().decode(), file=result)
     elif result.isatty():
         from rich.console import Console

@@ -1,0 +1,136 @@
+"""A compiled model's kernels, compiled or looked up for a target before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from morphc.errors import ConfigError, TritonError
+from morphc.kernels import backend, binaries, codegen
+from morphc.kernels.cache import counters
+from morphc.kernels.cache.counters import Miss
+from morphc.kernels.cache.manifest import Provenance
+from morphc.kernels.compile import Failure, Resources, compile_all, wanted
+from morphc.passes.plan import Plan
+from morphc.runtime import ahead
+from morphc.runtime.ahead import Needed, Seen
+from morphc.runtime.store import store_of
+
+
+class Kernel(msgspec.Struct, frozen=True):
+    """One of a target. registers, spills (32-bit values): a thread; shared, size: bytes. problem: why it can't run
+    there, or runs badly; key: of its compiled form, and folder: of its entry."""
+
+    name: str
+    function: str
+    layers: tuple[str, ...]
+    registers: int
+    spills: int
+    shared: int
+    size: int
+    problem: str
+    failed: bool
+    key: str
+    folder: str
+
+
+class Ahead(msgspec.Struct, frozen=True):
+    """The kernels of a model on a target; compiled: how many times Triton's compiler was asked."""
+
+    target: str
+    kernels: tuple[Kernel, ...]
+    hits: int
+    misses: tuple[Miss, ...]
+    saved: float
+    spent: float
+    compiled: int
+    root: str = ""
+
+    @property
+    def root_path(self) -> Path:
+        """The cache that they are in: the user's, or a temporary one where that can't be written."""
+        return Path(self.root)
+
+
+def target_of_this_machine() -> str:
+    """`cuda:90`. Raises ConfigError where there is no GPU that kernels run on."""
+    device = torch.device("cuda")
+    if reason := backend.unavailable(device):
+        raise ConfigError(
+            f"there is no GPU here to look kernels up for ({reason}): name it with --target cuda:90"
+        )
+    if torch.version.hip:
+        return f"hip:{torch.cuda.get_device_properties(0).gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"cuda:{major}{minor}"
+
+
+def kernels_of(model: nn.Module, plan: Plan, target: str) -> list[Needed]:
+    """What `model` launches on `target`; the entries in the cache learn which layers they are for."""
+    if problem := backend.triton_problem():
+        raise TritonError(problem)
+    seen = {
+        site.path: Seen(site.rows, site.positions, getattr(torch, site.dtype), site.source)
+        for site in plan.sites
+    }
+    found = ahead.needed(store_of(model).sites, seen, target)
+    for one in found:
+        codegen.publish(one.job.source, Provenance(one.layers, one.sources))
+    return found
+
+
+def compile_kernels(
+    model: nn.Module, plan: Plan, target: str, progress: Callable[[str, int, int], None] | None = None
+) -> Ahead:
+    """Compile them all, in parallel processes, into the cache; those that it has are not compiled."""
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"kernels for {target}", done, total)
+
+    found = kernels_of(model, plan, target)
+    with counters.watch() as count:
+        results = compile_all([one.job for one in found], keep=True, progress=tell)
+    want = [wanted(one.job) for one in found]
+    kernels = tuple(
+        _kernel(one, result, each) for one, result, each in zip(found, results, want, strict=True)
+    )
+    return Ahead(
+        target,
+        kernels,
+        count.hits,
+        tuple(count.misses),
+        count.saved,
+        count.spent,
+        count.compiled,
+        str(want[0].root) if want else "",
+    )
+
+
+def _kernel(one: Needed, result: Resources | Failure, want: binaries.Wanted) -> Kernel:
+    made = result if isinstance(result, Resources) else None
+    return Kernel(
+        one.job.source.name,
+        one.job.function,
+        one.layers,
+        made.registers if made else 0,
+        made.spills if made else 0,
+        made.shared if made else 0,
+        made.size if made else 0,
+        result.problem,
+        made is None,
+        want.key,
+        want.entry.name,
+    )
+
+
+def missing(model: nn.Module, plan: Plan, target: str) -> tuple[int, Mapping[str, tuple[str, ...]]]:
+    """How many kernels the model launches on `target`, and those that aren't in the cache, each with the reasons."""
+    found = kernels_of(model, plan, target)
+    want = [wanted(one.job) for one in found]
+    lacking = [each for each in want if each.find() is None]
+    return len(found), {f"{each.name} ({each.key[:8]})": each.why() for each in lacking}

@@ -1,0 +1,182 @@
+"""Every kernel that a compiled model launches on a target, found without a GPU.
+
+The objects that launch kernels are called on the `meta` device, which then stands for the target, with activations as
+the example input makes them: what they prepare is what they would prepare there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from morphc.kernels import gradient, lifecycle, tap_join, telemetry, training
+from morphc.kernels.blueprints.base import get
+from morphc.kernels.compile import SHARED_LIMITS, Job
+from morphc.kernels.launch import collecting, prepare_job
+from morphc.kernels.layout import View, view_of
+from morphc.kernels.site import BankKernels, Like, TapBankKernels, refusal, spec_of
+from morphc.kernels.spec import KernelSpec
+from morphc.runtime.bank import SlotBank
+from morphc.runtime.site import SeedSite
+
+META = torch.device("meta")
+
+
+class Seen(NamedTuple):
+    """An activation of a site as the example made it. positions: of a sample, behind its features."""
+
+    rows: int
+    positions: int
+    dtype: torch.dtype
+    source: str = ""
+
+
+class Needed(NamedTuple):
+    """A kernel, the layers that launch it, and the user's lines where they are called."""
+
+    job: Job
+    layers: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+def needed(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen], target: str) -> list[Needed]:
+    """The kernels of these sites on `target` (`cuda:90`), each once, in the order of the sites.
+
+    A site that the example input never reached has none here, nor has a bank that torch computes.
+    """
+    found: dict[object, tuple[Job, dict[str, None], dict[str, None]]] = {}
+    for path, site in sites.items():
+        if path not in seen or not seen[path].rows:
+            continue
+        for job in _of_site(site, seen[path], target):
+            _, layers, sources = found.setdefault(_key(job), (job, {}, {}))
+            layers[path] = None
+            if seen[path].source:
+                sources[seen[path].source] = None
+    with collecting(target) as jobs:
+        prepare_job(lifecycle.lifecycle_job(False), META)
+        prepare_job(lifecycle.lifecycle_job(True), META)
+        prepare_job(lifecycle.report_job(), META)
+    for job in jobs:
+        found.setdefault(_key(job), (job, {}, {}))
+    return [Needed(job, tuple(layers), tuple(sources)) for job, layers, sources in found.values()]
+
+
+def _key(job: Job) -> object:
+    told = (job.signature, job.constants, job.options, sorted(job.aligned))
+    return job.source.digest, job.function, *map(str, told)
+
+
+def _of_site(site: SeedSite, seen: Seen, target: str) -> list[Job]:
+    shape: tuple[int, ...] = (seen.rows, site.features)
+    axis = -1
+    if seen.positions > 1:
+        shape, axis = (seen.rows // seen.positions, site.features, seen.positions), 1
+    y = torch.empty(shape, dtype=seen.dtype, device=META)
+    view = view_of(y, axis)
+    if view is None or not y.dtype.is_floating_point:
+        return []
+    with collecting(target) as jobs:
+        _measure(site, y, view)
+        for _, bank in site.slots.items():
+            spec = _spec(site, bank, y.dtype, view)
+            if spec is None or refusal(spec, bank.geometry):
+                continue
+            if get(bank.blueprint).tap == "chunk":
+                _chunk_bank(spec, bank, y, view, axis)
+            elif not tap_join.refuses(spec, bank.geometry, SHARED_LIMITS[target]):
+                _tap_bank(spec, bank, y, view, axis)
+    return jobs
+
+
+def _spec(site: SeedSite, bank: SlotBank, dtype: torch.dtype, view: View) -> KernelSpec | None:
+    return spec_of(
+        bank.blueprint,
+        bank.geometry,
+        bank.blend,
+        features=site.features,
+        seeds=site.seeds,
+        slots=bank.slots,
+        dtype=dtype,
+        walk=view.walk,
+    )
+
+
+def _measure(site: SeedSite, y: Tensor, view: View) -> None:
+    spec = telemetry.spec_of(site.features, site.seeds, y.dtype, view.walk, site.epilogue)
+    if not site.telemetry_every or telemetry.refuses(spec, site.near_zero):
+        return
+    kernels = telemetry.Telemetry(spec, site.near_zero, META)
+    cells = kernels.new_cells(view)
+    sums = torch.empty(8, site.seeds, dtype=torch.float64, device=META)
+    counts = torch.empty(3, site.seeds, dtype=torch.int64, device=META)
+    kernels.shift(y, view, sums, counts)
+    kernels(y, view, cells, sums, counts)
+    kernels.merge(cells, sums, counts)
+
+
+def _chunk_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
+    kernels = BankKernels(spec, META)
+    listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
+    _list(kernels, bank, listed)
+    forward, stash = kernels.forward_of(view).bound(view), kernels.new_stash(view)
+    early = gradient.follows_early(META)
+    for saved in (stash, None):
+        for begins_early in (False, True) if early else (False,):
+            forward(y, listed, params, saved, begins_early)
+    like = Like(tuple(y.shape), y.stride(), axis)
+    for isolated_only in (False, True):
+        kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only)
+    _step(kernels, bank, listed, params)
+
+
+def _tap_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
+    kernels = TapBankKernels(spec, bank.geometry, META)
+    listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
+    _list(kernels, bank, listed)
+    tap = torch.empty(view.rows, bank.geometry.tap_features, dtype=y.dtype, device=META)
+    kernels.forward(y, view, listed, params, tap)
+    z, stash = y.new_empty(kernels.z_shape(view.rows)), y.new_empty(kernels.stash_shape(view.rows))
+    kernels.forward(y, view, listed, params, tap, z, stash)
+    like = Like(tuple(y.shape), y.stride(), axis)
+    for made in (z, None):
+        for wants_tap in (False, True):
+            kernels.backward(
+                torch.empty_like(y),
+                like,
+                listed,
+                params,
+                tap,
+                made,
+                None if made is None else stash,
+                wants_tap,
+            )
+    _step(kernels, bank, listed, params)
+
+
+def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor) -> None:
+    seeds = kernels.spec.seeds
+    owner, lifecycles = bank.owner.to(META), torch.empty(seeds, dtype=torch.int32, device=META)
+    kernels.make_list(owner, lifecycles, torch.empty(seeds, device=META), listed, 0, 0, 0)
+
+
+def _step(
+    kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor, params: list[Tensor]
+) -> None:
+    moments = [[torch.empty_like(param) for param in params] for _ in range(2)]
+    step = torch.empty(bank.slots, dtype=torch.int64, device=META)
+    held = training.Bank(params, moments[0], moments[1], step)
+    kernels.step(listed, held, [torch.empty_like(param) for param in params], training.Rates(lr=0.0))
+
+
+def _on_meta(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to(META) for tensor in tensors]
+
+
+def names(found: Iterable[Needed]) -> Iterator[str]:
+    """`forward_bottleneck_h4096_s1024_k64_r16_bf16.forward` of each."""
+    for one in found:
+        yield f"{one.job.source.name}.{one.job.function}"
