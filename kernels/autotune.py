@@ -7,6 +7,7 @@ A tenth of the seeds is active, or all slots where there are fewer: the case tha
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active, devices, gradient, launch, telemetry, training, tuning
+from morphc.kernels import active, binaries, devices, gradient, launch, telemetry, training, tuning
+from morphc.kernels.cache import place, tables
+from morphc.kernels.cache.tables import Answer, Table
+from morphc.kernels.codegen import Source
 from morphc.kernels.devices import Device
 from morphc.kernels.layout import View
 from morphc.kernels.reference.active_list import active_list
@@ -70,7 +74,41 @@ def tune_site(
         with launch.collecting(model.arch) as jobs:
             start(bench, config)(0)
         offered.append(Candidate(config, jobs, lambda config=config: start(bench, config)))  # type: ignore[misc]
-    return tuning.tune(spec, rows, offered, time, processes=processes, progress=progress)
+    tuned = tuning.tune(spec, rows, offered, time, processes=processes, progress=progress)
+    if device.type == "cuda" and offered[0].jobs:
+        keep(tuned, rows, offered[0].jobs[0].source, device, model)
+    return tuned
+
+
+def keep(
+    tuned: Tuned,
+    rows: int,
+    source: Source,
+    device: torch.device,
+    model: Device,
+    method: str = tables.GRAPH_REPLAY,
+) -> None:
+    """Put every candidate's time into the cache; one that can't be written does without, with one warning.
+
+    source: the kernel's file. method: how the times were taken.
+    """
+    answer = Answer(
+        rows=tuning.bucket(rows),
+        triton=binaries.triton_version(),
+        method=method,
+        config=tuned.config,
+        us=tuned.us,
+        memory_us=tuning.memory_us(source.spec, rows, model),
+        trials=tuned.trials,
+        created=clock.time(),
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    table = Table(place.SCHEMA, source.key, source.name, name, model.arch, (answer,))
+    root = place.root()
+    try:
+        tables.save(root, table)
+    except OSError as error:
+        place.warn_once("tune", root, f"times are not kept: {root} can't be written ({error.strerror})")
 
 
 def make_bench(spec: KernelSpec, rows: int, device: torch.device) -> Bench:

@@ -240,6 +240,19 @@ def _cost(spec: KernelSpec, rows: int, config: TuneConfig, device: Device) -> fl
     return device.launch_us + idle + spilled * (max(memory, dots + vector) * 1e6 + waiting)
 
 
+def memory_us(spec: KernelSpec, rows: int, device: Device) -> float:
+    """Microseconds that the bytes alone take which a kernel can't do without, with a tenth of the seeds active.
+
+    Telemetry reads all of an activation; the others what `_WORK` says of the active chunks' sectors.
+    """
+    item = _BYTES.get(spec.dtype, 4)
+    if spec.kind == "telemetry":
+        return 1e6 * rows * spec.features * item / device.bandwidth
+    moved, _ = _WORK.get(spec.kind, (1.0, 1.0))
+    active = max(1, min(spec.slots, cdiv(spec.seeds, 10)))
+    return 1e6 * moved * 2 * active * rows * cdiv(spec.chunk * item, SECTOR) * SECTOR / device.bandwidth
+
+
 def _registers(spec: KernelSpec, config: TuneConfig) -> float:
     """Registers a thread, from what it holds of the tile, of the hidden values and of the weights.
 

@@ -83,6 +83,12 @@ def kernels_of(model: nn.Module, plan: Plan, target: str) -> list[Needed]:
     return found
 
 
+def _relative(source: str) -> str:
+    """`model.py:41`, from the current folder where it lies there: a bundle tells nobody how a disk is laid out."""
+    path = Path(source)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
 def compile_kernels(
     model: nn.Module, plan: Plan, target: str, progress: Callable[[str, int, int], None] | None = None
 ) -> Ahead:
