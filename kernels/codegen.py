@@ -234,7 +234,8 @@ def publish(source: Source, provenance: Provenance | None = None) -> Path:
     told = msgspec.structs.replace(provenance or Provenance(), template=source.template)
     with _lock:
         path = _published.get((source.key, source.digest, root))
-        if path is None:
+        # Compilers read the file, so each time it is asked for it has to be the one that was put there.
+        if path is None or not _holds(path, source.text.encode()):
             path = _published[source.key, source.digest, root] = _put(source, told, root)
         if provenance is not None:
             store.add_provenance(path.parent, told)
@@ -271,6 +272,13 @@ def _put(source: Source, told: Provenance, root: Path) -> Path:
             f"{source.name} can't be written, neither to {root} ({reason}) nor to a temporary folder "
             f"({second.strerror}): Triton compiles files"
         ) from second
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return place.read(path) == data
+    except (OSError, place.DamagedError):
+        return False
 
 
 def root_of(path: Path) -> Path:

@@ -244,6 +244,7 @@ def _message(job: Job, keep: bool) -> str:
     told = {
         "path": str(codegen.publish(job.source)),
         "module": codegen.module_name(job.source),
+        "sha256": job.source.digest,
         "function": job.function,
         "signature": dict(job.signature),
         "constants": dict(job.constants),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from typing import Any
 
 
@@ -167,18 +167,25 @@ def explain(error: BaseException) -> tuple[str, list[tuple[str, int]]]:
     return "\n".join(said), places
 
 
-def _load(path: str, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
+def _load(path: str, name: str, sha256: str) -> Any:
+    """The generated file as a module. It is run only if it is the file that was meant."""
+    with open(path, "rb") as file:
+        text = file.read()
+    if hashlib.sha256(text).hexdigest() != sha256:
+        raise RuntimeError(f"{path} was changed since it was written")
+    module = types.ModuleType(name)
+    module.__file__ = path
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        exec(compile(text, path, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
-    module = sys.modules.get(job["module"]) or _load(job["path"], job["module"])
+    module = sys.modules.get(job["module"]) or _load(job["path"], job["module"], job["sha256"])
     started = _processor_seconds()
     with contextlib.redirect_stdout(io.StringIO()) as log:
         kernel = build(

@@ -40,7 +40,7 @@ _ALLOWED: Final = re.compile(
 )
 
 
-class Index(msgspec.Struct, frozen=True):
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first file of a bundle. files: path -> size and checksum. check: of all the rest."""
 
     schema: int

@@ -22,14 +22,14 @@ BINARIES: Final = "bin"
 _MOST = 1 << 20
 
 
-class FileSum(msgspec.Struct, frozen=True):
+class FileSum(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """sha256 (hex) and size (bytes) of a file."""
 
     sha256: str
     size: int
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """kind: `kernel` for an entry, `binary` for one of its compiled forms. key: of `made_from`.
 
     details: what is told of it and decides nothing: times, resources, versions. check: of all the rest.
@@ -44,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
     check: str = ""
 
 
-class Provenance(msgspec.Struct, frozen=True):
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who a kernel is for: the paths of its layers, and the user's lines that made them."""
 
     layers: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ GRAPH_REPLAY: Final = "CUDA-graph replay, rotated buffers, in turns"
 _MOST = 16 << 20
 
 
-class Trial(msgspec.Struct, frozen=True):
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What became of one candidate. us: of one call, None where it wasn't timed; problem: why not, if so.
 
     same_as: position of the candidate with the same binary, whose time it has.
@@ -38,7 +38,7 @@ class Trial(msgspec.Struct, frozen=True):
     shared: int = 0
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For a bucket of rows. us: of the best; memory_us: what its bytes alone would take; created: of the epoch.
 
     complete: False where it was interrupted, and goes on the next time.
@@ -60,7 +60,7 @@ class Answer(msgspec.Struct, frozen=True):
         return self.memory_us / self.us if self.us else 0.0
 
 
-class Table(msgspec.Struct, frozen=True):
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one kernel on one device. kernel: its name; key: of its entry; capability: `cuda:90`."""
 
     schema: int
