@@ -86,10 +86,10 @@ def fake_entry(root: Path, more: int, binary: bytes = b"binary", target: str = "
     return entry
 
 
-def start(code: str, **env: str) -> subprocess.Popen[str]:
+def start(code: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
     """A Python process of its own, with these helpers to import."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
