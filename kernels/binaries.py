@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from morphc.errors import CacheMissError
 from morphc.kernels import codegen
-from morphc.kernels.cache import counters, misses, place, store
+from morphc.kernels.cache import counters, misses, place, prune, store
 from morphc.kernels.cache.store import Found
 from morphc.kernels.codegen import Source
 
@@ -73,6 +73,7 @@ class Wanted:
         """Put it there; a cache that can't be written does without, with one warning."""
         try:
             store.put_binary(self.entry, self.made_from, files, details)
+            prune.keep_bound(self.root)
         except OSError as error:
             place.warn_once(
                 "unwritable",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
