@@ -1,30 +1,23 @@
-"""Candidates of a site's kernels on a device: what `tuning.tune` times.
-
-    tune_site(spec, rows, torch.device("cuda"))     # spec.kind says which kernel; the answer is what `choose` gives
+"""Candidates of a site's kernels on a device, and what they are run on.
 
 A tenth of the seeds is active, or all slots where there are fewer: the case that the kernels are tuned for.
 """
 
 from __future__ import annotations
 
-import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active, binaries, devices, gradient, launch, telemetry, training, tuning
-from morphc.kernels.cache import place, tables
-from morphc.kernels.cache.tables import Answer, Table
-from morphc.kernels.codegen import Source
+from morphc.kernels import active, gradient, launch, telemetry, training, tuning
 from morphc.kernels.devices import Device
 from morphc.kernels.layout import View
 from morphc.kernels.reference.active_list import active_list
 from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.templating import cdiv
-from morphc.kernels.tuning import Candidate, Run, TimeFunction, Tuned
+from morphc.kernels.tuning import Candidate, Run
 
 ROTATED_BYTES: Final = 240 << 20
 """Bytes of the buffers that calls take turns with: some L2 caches of the largest GPUs."""
@@ -50,75 +43,14 @@ class Bench(NamedTuple):
         return self.buffers[(call + behind) % len(self.buffers)]
 
 
-def tune_site(
-    spec: KernelSpec,
-    rows: int,
-    device: torch.device,
-    *,
-    time: TimeFunction = tuning.graph_times,
-    processes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tuned:
-    """Time the candidates for `rows` rows on `device`, and keep the fastest for `tuning.choose`.
-
-    Raises UnsupportedKernelError for a kind that isn't tuned, and what `tuning.tune` raises.
-    """
-    if spec.kind not in KINDS:
-        raise UnsupportedKernelError(f"no kernel of kind {spec.kind!r} is tuned; {', '.join(KINDS)} are")
-    rows = tuning.bucket(rows)
-    model = devices.parse(str(device)) if device.type == "cuda" else devices.H200
-    configs, start = KINDS[spec.kind]
-    bench = make_bench(spec, rows, device)
-    offered = []
-    for config in configs(spec, rows, model):
-        with launch.collecting(model.arch) as jobs:
-            start(bench, config)(0)
-        offered.append(Candidate(config, jobs, lambda config=config: start(bench, config)))  # type: ignore[misc]
-    tuned = tuning.tune(spec, rows, offered, time, processes=processes, progress=progress)
-    if device.type == "cuda" and offered[0].jobs:
-        keep(tuned, rows, offered[0].jobs[0].source, device, model)
-    return tuned
-
-
-def keep(
-    tuned: Tuned,
-    rows: int,
-    source: Source,
-    device: torch.device,
-    model: Device,
-    method: str = tables.GRAPH_REPLAY,
-) -> None:
-    """Put every candidate's time into the cache; one that can't be written does without, with one warning.
-
-    source: the kernel's file. method: how the times were taken.
-    """
-    answer = Answer(
-        rows=tuning.bucket(rows),
-        triton=binaries.triton_version(),
-        method=method,
-        config=tuned.config,
-        us=tuned.us,
-        memory_us=tuning.memory_us(source.spec, rows, model),
-        trials=tuned.trials,
-        created=clock.time(),
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    table = Table(place.SCHEMA, source.key, source.name, name, model.arch, (answer,))
-    root = place.root()
-    try:
-        tables.save(root, table)
-    except OSError as error:
-        place.warn_once("tune", root, f"times are not kept: {root} can't be written ({error.strerror})")
-
-
 def make_bench(spec: KernelSpec, rows: int, device: torch.device) -> Bench:
     """Activations of `rows` rows and a bank whose seeds change nothing, so that calls without number leave finite
     values: for others kernels take detours.
     """
     dtype = getattr(torch, spec.dtype)
     size = max(1, rows * spec.features * dtype.itemsize)
-    count = 2 if device.type == "cpu" else max(2, min(MOST_BUFFERS, cdiv(ROTATED_BYTES, size)))
-    generator = torch.Generator(device=device).manual_seed(0)
+    count = 2 if device.type in ("cpu", "meta") else max(2, min(MOST_BUFFERS, cdiv(ROTATED_BYTES, size)))
+    generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(0)
     first = spec.layout == "channels_first"
     shape = (1, spec.features, rows) if first else (rows, spec.features)
     buffers = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
@@ -196,15 +128,28 @@ def _telemetry_configs(spec: KernelSpec, rows: int, device: Device) -> Sequence[
     return telemetry.candidates(spec, rows, tuning.processors(device))
 
 
-KINDS: Final[
-    Mapping[
-        str,
-        tuple[Callable[[KernelSpec, int, Device], Sequence[TuneConfig]], Callable[[Bench, TuneConfig], Run]],
-    ]
-] = {
-    "forward": (tuning.candidates, _forward),
-    "backward": (_with_default(gradient.default), _backward),
-    "train": (_with_default(training.default), _train),
-    "telemetry": (_telemetry_configs, _telemetry),
+class Kind(NamedTuple):
+    """configs: those worth timing for a bucket of rows, best guess first; start: how one is run."""
+
+    configs: Callable[[KernelSpec, int, Device], Sequence[TuneConfig]]
+    start: Callable[[Bench, TuneConfig], Run]
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "forward": Kind(tuning.candidates, _forward),
+    "backward": Kind(_with_default(gradient.default), _backward),
+    "train": Kind(_with_default(training.default), _train),
+    "telemetry": Kind(_telemetry_configs, _telemetry),
 }
-"""Kind -> the configs worth timing, best guess first, and how a config is run."""
+
+
+def offered(spec: KernelSpec, rows: int, configs: Sequence[TuneConfig], target: str) -> list[Candidate]:
+    """The candidates with the kernels that each needs on `target` (`cuda:90`); nothing is compiled or run."""
+    bench = make_bench(spec, rows, torch.device("meta"))
+    start = KINDS[spec.kind].start
+    found = []
+    for config in configs:
+        with launch.collecting(target) as jobs:
+            start(bench, config)(0)
+        found.append(Candidate(config, jobs, lambda config=config: start(bench, config)))  # type: ignore[misc]
+    return found

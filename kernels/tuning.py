@@ -299,19 +299,8 @@ def tune(
         raise KernelError(f"{spec.name}: no candidate to tune")
     jobs = [job for candidate in offered for job in candidate.jobs]
     results = iter(compile_all(jobs, processes=processes, time_limit=time_limit, progress=progress))
-    trials: list[Trial] = []
-    first: dict[tuple[str, ...], int] = {}
     compiled = [[next(results) for _ in candidate.jobs] for candidate in offered]
-    for at, (candidate, found) in enumerate(zip(offered, compiled, strict=True)):
-        trial = _examined(candidate.config, found)
-        if not trial.problem and found:
-            binary = (
-                *(one.digest for one in found if isinstance(one, Resources)),
-                *_grid_of(candidate.config),
-            )
-            trial = msgspec.structs.replace(trial, same_as=first.get(binary))
-            first.setdefault(binary, at)
-        trials.append(trial)
+    trials = examined(offered, compiled)
     alive = [at for at, trial in enumerate(trials) if not trial.problem and trial.same_as is None]
     if not alive:
         raise _nothing_left(spec, trials, compiled)
@@ -328,6 +317,23 @@ def tune(
     name = key(spec, rows)
     _known[name] = offered[best].config
     return Tuned(name, offered[best].config, times[best], tuple(trials))
+
+
+def examined(offered: Sequence[Candidate], compiled: Sequence[Sequence[Resources | Failure]]) -> list[Trial]:
+    """What is known of candidates once they are compiled: why one isn't timed, and which have equal binaries."""
+    trials: list[Trial] = []
+    first: dict[tuple[str, ...], int] = {}
+    for at, (candidate, found) in enumerate(zip(offered, compiled, strict=True)):
+        trial = _examined(candidate.config, found)
+        if not trial.problem and found:
+            binary = (
+                *(one.digest for one in found if isinstance(one, Resources)),
+                *_grid_of(candidate.config),
+            )
+            trial = msgspec.structs.replace(trial, same_as=first.get(binary))
+            first.setdefault(binary, at)
+        trials.append(trial)
+    return trials
 
 
 def _grid_of(config: TuneConfig) -> tuple[str, ...]:

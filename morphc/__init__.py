@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from morphc.lifecycle import Lifecycle
     from morphc.passes.plan import Plan
     from morphc.reporting import Report
+    from morphc.tuneup import tune
     from morphc.version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "report",
     "save",
     "seeds",
+    "tune",
 ]
 
 _HOME = {
@@ -53,6 +55,7 @@ _HOME = {
     "report": "morphc.api",
     "save": "morphc.checkpoint",
     "seeds": "morphc.api",
+    "tune": "morphc.tuneup",
 }
 
 

@@ -17,8 +17,9 @@ from morphc.kernels.cache.manifest import Provenance
 from morphc.kernels.compile import Failure, Resources, compile_all, wanted
 from morphc.passes.plan import Plan
 from morphc.runtime import ahead
-from morphc.runtime.ahead import Needed, Seen
+from morphc.runtime.ahead import Needed
 from morphc.runtime.store import store_of
+from morphc.tuneup import seen_by
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -73,11 +74,7 @@ def kernels_of(model: nn.Module, plan: Plan, target: str) -> list[Needed]:
     """What `model` launches on `target`; the entries in the cache learn which layers they are for."""
     if problem := backend.triton_problem():
         raise TritonError(problem)
-    seen = {
-        site.path: Seen(site.rows, site.positions, getattr(torch, site.dtype), site.source)
-        for site in plan.sites
-    }
-    found = ahead.needed(store_of(model).sites, seen, target)
+    found = ahead.needed(store_of(model).sites, seen_by(plan.sites), target)
     for one in found:
         codegen.publish(one.job.source, Provenance(one.layers, one.sources))
     return found

@@ -41,6 +41,7 @@ from morphc.reporting import Report
 from morphc.runtime.backends import Backend, backends_of
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import SeedRoot, store_of
+from morphc.tuneup import adopt_kept
 from morphc.version import __version__
 
 VerifyWhen = Literal["auto"] | bool
@@ -93,6 +94,8 @@ def compile_program(
     if program.model is None:
         raise UnsupportedHostError("the passes given don't end in a model; end them with lower")
     _finish(program)
+    if plan is None and adopt_kept(program.model, program.plan):
+        program.plan = replace(program.plan, tuned=tuning.known(program.plan.specs))
     report = _report(program, records, time.perf_counter() - started)
     store_of(program.model).report = report
     return Compiled(program.model, report)

@@ -112,6 +112,14 @@ def compile_(
             "this machine's GPU.",
         ),
     ] = False,
+    tune: Annotated[
+        str,
+        typer.Option(
+            metavar="off|quick|full",
+            help="Time candidates of every kernel on this machine's GPU and keep the answers in the cache: the eight "
+            "best guesses of each, or all of them. What is known is not timed again; Ctrl-C keeps what was found.",
+        ),
+    ] = "off",
     output: Output = None,
     json: Json = False,
 ) -> int:
@@ -122,6 +130,7 @@ def compile_(
         commands.Job(target, tuple(inputs or ()), options, passes, plan, output, json),
         targets=tuple(dict.fromkeys(targets or ())),
         require_cached=require_cached,
+        tune=tune,
         print_after=tuple(print_after or ()),
         verify="auto" if verify is None else verify,
     )

@@ -14,7 +14,7 @@ import msgspec
 
 from morphc.cli.inputs import make_inputs, parse_input
 from morphc.cli.options import make_config
-from morphc.cli.targets import check_targets
+from morphc.cli.targets import check_targets, check_tune
 from morphc.errors import ConfigError, ExampleInputError, HostForwardError, PlanError, UnknownNameError
 from morphc.output import OutputFolder, write_graphs
 from morphc.passes.plan import Plan
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from morphc.loading import LoadedModel
     from morphc.reporting import Report
+    from morphc.tuneup import Tuning
 
 
 class Job(NamedTuple):
@@ -52,9 +53,15 @@ def compile_file(
     verify: bool | Literal["auto"],
     targets: tuple[str, ...] = (),
     require_cached: bool = False,
+    tune: str = "off",
 ) -> int:
     """`morphc compile`."""
     check_targets(targets)
+    check_tune(tune, targets)
+    if tune != "off":
+        from morphc.cli.kernels import check_gpu
+
+        check_gpu()
     plan = _read_plan(job.plan) if job.plan else None
     # A plan brings its own config; options beside it are checked against that.
     config = None if plan and not job.options else make_config(job.options, plan.config if plan else None)
@@ -87,14 +94,15 @@ def compile_file(
                     on_print=show,
                     progress=bar,
                 )
-            from morphc.cli.kernels import for_targets
+            from morphc.cli.kernels import for_targets, tune_here
 
+            tuned = tune_here(program, tune) if tune != "off" else None
             with ProgressBar() as bar:
                 kernels = for_targets(program, targets, require_cached, bar)
         _publish(program.report, folder)
         if folder is not None:
             kernels.write(folder)
-    _present(program.report, job.json, result, folder, kernels.json())
+    _present(program.report, job.json, result, folder, kernels.json(), tuned)
     return kernels.present(result if not job.json else sys.stderr)
 
 
@@ -223,10 +231,13 @@ def _present(
     result: TextIO,
     folder: OutputFolder | None,
     kernels: list[dict[str, Any]] | None = None,
+    tuned: Tuning | None = None,
 ) -> None:
     _warn(report.warnings)
-    if json and kernels:
-        told = msgspec.json.decode(report.to_json()) | {"kernels": kernels}
+    if json and (kernels or tuned):
+        told = msgspec.json.decode(report.to_json())
+        told |= {"kernels": kernels} if kernels else {}
+        told |= {"tuning": msgspec.to_builtins(tuned)} if tuned is not None else {}
         print(msgspec.json.encode(told).decode(), file=result)
     elif json:
         print(report.to_json().decode(), file=result)
@@ -238,5 +249,7 @@ def _present(
         print_report(report, Console(file=result))
     else:
         print(report, file=result)
+    if tuned is not None and not json:
+        print(f"\n{tuned}", file=result)
     if folder is not None:
         print(f"wrote {folder.target} (open {folder.target / 'report.html'})", file=sys.stderr)

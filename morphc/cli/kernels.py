@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import msgspec
+import torch
 
 from morphc.ahead import Ahead, compile_kernels, missing, target_of_this_machine
 from morphc.cli.cachetext import counted
+from morphc.cli.progress import ProgressBar
 from morphc.compiler import Compiled
+from morphc.errors import ConfigError
+from morphc.kernels.backend import unavailable
 from morphc.kernels.cache import bundle
 from morphc.kernels.cache.counters import Count
 from morphc.kernels.cache.prune import told_size
+from morphc.kernels.tuning import known
 from morphc.output import OutputFolder
+from morphc.tuneup import Tuning, tasks_of, tune_sites
 
 BUNDLE = "kernels.tar.gz"
 _MOST_REASONS = 8
@@ -78,6 +86,26 @@ def for_targets(
     else:
         kernels.made = [compile_kernels(program.model, plan, target, progress) for target in targets]
     return kernels
+
+
+def check_gpu() -> None:
+    """Raises ConfigError where there is no GPU to tune for."""
+    if reason := unavailable(torch.device("cuda")):
+        raise ConfigError(f"--tune times kernels on a GPU, and there is none: {reason}")
+
+
+def tune_here(program: Compiled, mode: str) -> Tuning:
+    """Time the model's kernels on this machine's GPU; the report's plan has the answers then."""
+    plan = program.report.plan
+    try:
+        with ProgressBar(remaining=True) as bar:
+            found = tune_sites(tasks_of(program.model, plan), mode, "cuda", bar)
+    except KeyboardInterrupt:
+        print("morphc: what was timed is kept; the same command goes on from there", file=sys.stderr)
+        raise
+    tuned = msgspec.structs.replace(plan, tuned=known(plan.specs))
+    program.report = dataclasses.replace(program.report, plan=tuned)
+    return found
 
 
 def _table(made: Ahead) -> Iterator[str]:

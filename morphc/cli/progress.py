@@ -7,15 +7,27 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LONG = 0.7
 
 
 class ProgressBar:
-    """Called as `bar(stage, done, total)`. Draws nothing in the first `LONG` seconds or off a terminal."""
+    """Called as `bar(stage, done, total)`. Draws nothing in the first `LONG` seconds or off a terminal.
 
-    def __init__(self) -> None:
+    remaining: also show how long it will take.
+    """
+
+    def __init__(self, remaining: bool = False) -> None:
+        self._remaining = remaining
         self._started = time.monotonic()
         self._watched = sys.stderr.isatty()
         self._progress: Progress | None = None
@@ -33,6 +45,7 @@ class ProgressBar:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                *((TextColumn("left"), TimeRemainingColumn()) if self._remaining else ()),
             )
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._progress.add_task(stage, total=total)

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from morphc.kernels import gradient, lifecycle, tap_join, telemetry, training
+from morphc.kernels.backend import KERNEL_DTYPES
 from morphc.kernels.blueprints.base import get
 from morphc.kernels.compile import SHARED_LIMITS, Job
 from morphc.kernels.launch import collecting, prepare_job
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.site import BankKernels, Like, TapBankKernels, refusal, spec_of
 from morphc.kernels.spec import KernelSpec
+from morphc.kernels.tuner import Task
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.site import SeedSite
 
@@ -70,15 +73,41 @@ def _key(job: Job) -> object:
     return job.source.digest, job.function, *map(str, told)
 
 
-def _of_site(site: SeedSite, seen: Seen, target: str) -> list[Job]:
+def tasks(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen]) -> Iterator[Task]:
+    """What of these sites' kernels can be tuned; a site that the example input never reached has nothing."""
+    for path, site in sites.items():
+        made = _made(site, seen[path]) if path in seen and seen[path].rows else None
+        if made is None:
+            continue
+        y, view, _ = made
+        watched = telemetry.spec_of(site.features, site.seeds, y.dtype, view.walk, site.epilogue)
+        if site.telemetry_every and not telemetry.refuses(watched, site.near_zero):
+            yield Task(watched, view.rows, (path,))
+        for _, bank in site.slots.items():
+            spec = _spec(site, bank, y.dtype, view)
+            if spec is None or refusal(spec, bank.geometry) or get(bank.blueprint).tap != "chunk":
+                continue
+            # Only a reconstruction, which `lerp` has, runs the training kernel's forward.
+            for kind in ("forward", "backward", *(("train",) if bank.blend == "lerp" else ())):
+                yield Task(msgspec.structs.replace(spec, kind=kind), view.rows, (path,))
+
+
+def _made(site: SeedSite, seen: Seen) -> tuple[Tensor, View, int] | None:
+    """The site's activation on meta, how it is walked, and its feature axis; None where no kernel walks it."""
     shape: tuple[int, ...] = (seen.rows, site.features)
     axis = -1
     if seen.positions > 1:
         shape, axis = (seen.rows // seen.positions, site.features, seen.positions), 1
     y = torch.empty(shape, dtype=seen.dtype, device=META)
     view = view_of(y, axis)
-    if view is None or not y.dtype.is_floating_point:
+    return None if view is None or y.dtype not in KERNEL_DTYPES else (y, view, axis)
+
+
+def _of_site(site: SeedSite, seen: Seen, target: str) -> list[Job]:
+    made = _made(site, seen)
+    if made is None:
         return []
+    y, view, axis = made
     with collecting(target) as jobs:
         _measure(site, y, view)
         for _, bank in site.slots.items():

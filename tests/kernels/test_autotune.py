@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import msgspec
 import pytest
 import torch
 from test_tuning import make_spec
 
-from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active, autotune, launch, telemetry, tuning
+from morphc.kernels import active, autotune, devices, launch, telemetry, tuning
 from morphc.kernels.spec import KernelSpec, Layout, TuneConfig
 from morphc.kernels.tuning import Run
 
@@ -37,18 +38,18 @@ def small(kind: str, layout: Layout = "last") -> KernelSpec:
 
 
 @pytest.mark.parametrize("kind", list(autotune.KINDS))
-def test_candidates_are_compiled_and_run(
-    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configs, start = autotune.KINDS[kind]
-    few = (lambda spec, rows, model: configs(spec, rows, model)[:2], start)
+def test_candidates_are_compiled_and_run(kind: str, device: torch.device) -> None:
+    spec, (configs, start) = small(kind), autotune.KINDS[kind]
+    some = configs(spec, 32, devices.H200)[:2]
     if kind == "backward":  # whose first guess of this shape spills, and what spills is not timed
         some = [TuneConfig(height, 8, 2, 3, group=2, programs=2) for height in (16, 32)]
-        few = (lambda spec, rows, model: some, start)
-    monkeypatch.setattr(autotune, "KINDS", {kind: few})
-    spec = small(kind)
-    tuned = autotune.tune_site(spec, 30, device, time=turns)
-    assert len(tuned.trials) == 2
+    bench = autotune.make_bench(spec, 32, device)
+    offered = [
+        dataclasses.replace(candidate, start=partial(start, bench, candidate.config))
+        for candidate in autotune.offered(spec, 32, some, "cuda:90")
+    ]
+    assert all(candidate.jobs for candidate in offered)
+    tuned = tuning.tune(spec, 30, offered, turns)
     assert [trial.problem for trial in tuned.trials] == ["", ""]
     assert tuned.config == tuned.trials[1].config
     assert tuning.lookup(spec, 20) == tuned.config
@@ -75,8 +76,3 @@ def test_what_is_collected_is_not_run(device: torch.device) -> None:
         )
     assert [(job.function, job.target) for job in jobs] == [("forward_once", "cuda:80")]
     assert torch.equal(bench.buffers[0], before)
-
-
-def test_what_is_not_tuned_says_so(device: torch.device) -> None:
-    with pytest.raises(UnsupportedKernelError, match="no kernel of kind 'report' is tuned; forward"):
-        autotune.tune_site(make_spec("report"), 16, device)
