@@ -236,7 +236,7 @@ def _kept(want: binaries.Wanted, run: Callable[[], dict[str, Any]]) -> dict[str,
                     want.keep(files, answer | {"arguments": kept["arguments"]})
                 return answer
     binaries.count_hit(found)
-    told = ("registers", "spills", "shared", "size", "digest", "seconds")
+    told = ("registers", "spills", "shared", "size", "digest", "seconds", "overlaid")
     return {name: found.manifest.details[name] for name in told}
 
 
