@@ -8,7 +8,8 @@ user's own hooks, which so see what they saw.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from morphc.errors import FoldError
 from morphc.kernels.blueprints.base import Geometry, get
 
 Span = tuple[int, int]
+_WRAPPED = "is_wrapped"  # fx's own mark of a function that was given to `torch.fx.wrap`
 
 
 class Grown(NamedTuple):
@@ -136,17 +138,23 @@ class _Recipe(nn.Module):
     """The forward hook of a layer. Traced once; nothing of this class stays."""
 
     def __init__(
-        self, grown: Sequence[Grown], output_index: int | None, argument: str, device: torch.device
+        self, grown: Sequence[Grown], output_index: int | None, layer: nn.Module, device: torch.device
     ) -> None:
         super().__init__()
         self.output_index = output_index
-        self.argument = argument
+        self.argument = _first_argument(layer)
+        self.packs = isinstance(layer, nn.RNNBase)  # fed a packed sequence or a tensor, it returns the like
+        self.overridden = not type(layer).forward.__module__.startswith("torch.")
         for each in grown:
             self.add_module(each.blueprint, _Bank(each, device))
 
     def forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         index = self.output_index
-        y = output if index is None else output[index]
+        # A subclass may return its value without the tuple: a tensor or a packed sequence, and both have `data`.
+        alone: Any = _call(hasattr, output, "data") if self.overridden and index is not None else None
+        parts: Any = output if alone is None else _either(alone, (output,), output)
+        result = output if index is None else parts[index]
+        y = _unpacked(result) if self.packs else result
         joined = y.clone()  # in the memory format of y
         for bank in self.children():
             assert isinstance(bank, _Bank)
@@ -154,10 +162,42 @@ class _Recipe(nn.Module):
             if bank.kind.tap == "layer":
                 # The first argument, given by position or by name.
                 tap = (args + (kwargs.get(self.argument),))[0]  # noqa: RUF005
+                tap = _unpacked(tap) if self.packs else tap
             joined = bank(joined, y, tap)
+        if self.packs:
+            joined = _packed_like(result, joined)
         if index is None:
             return joined
-        return output[:index] + (joined,) + output[index + 1 :]  # noqa: RUF005
+        rest = parts[:index] + (joined,) + parts[index + 1 :]  # noqa: RUF005
+        return rest if alone is None else _either(alone, joined, rest)
+
+
+def _unpacked(value: Any) -> Any:
+    """The data of a packed sequence, [rows, features]; a tensor as it is."""
+    return _either(_call(hasattr, value, "batch_sizes"), value.data, value)
+
+
+def _packed_like(value: Any, data: Any) -> Any:
+    """`data` in a packed sequence like `value`, or `data` itself where `value` is a tensor."""
+    packed = _call(hasattr, value, "batch_sizes")
+    rest = [
+        _call(getattr, value, name, None) for name in ("batch_sizes", "sorted_indices", "unsorted_indices")
+    ]
+    make = _either(packed, _call(getattr, value, "_make", None), data.type_as)
+    return make(_either(packed, (data, *rest), data))
+
+
+def _either(condition: fx.Proxy, yes: Any, no: Any) -> Any:
+    """A graph can't branch: it has both, and picks."""
+    return _call(operator.itemgetter, condition)((no, yes))
+
+
+def _call(function: Callable[..., Any], proxy: fx.Proxy, *args: Any) -> Any:
+    """A node for the call of a function that a proxy doesn't record by itself."""
+    result = proxy.tracer.create_proxy("call_function", function, (proxy, *args), {})
+    # It must be recorded again when the module is unpickled, which traces its code anew.
+    result.node.meta[_WRAPPED] = True
+    return result
 
 
 class _Ranked(fx.Proxy):
@@ -235,7 +275,7 @@ def grown_module(
     layer: nn.Module, grown: Sequence[Grown], output_index: int | None, device: torch.device
 ) -> fx.GraphModule:
     """The module for the slots of one site. Raises FoldError for a blueprint that tracing can't follow."""
-    recipe = _Recipe(grown, output_index, _first_argument(layer), device)
+    recipe = _Recipe(grown, output_index, layer, device)
     try:
         graph = _Tracer(recipe).trace(recipe)
     except Exception as error:  # whatever a user's blueprint raises when it meets a proxy
@@ -247,7 +287,7 @@ def grown_module(
     # A pickled GraphModule names its tracer's class; this one's is morphc's.
     graph._tracer_cls = None
     for node in graph.nodes:
-        node.meta.clear()
+        node.meta = {_WRAPPED: True} if _WRAPPED in node.meta else {}
         node.type = None  # an annotation, kept as a string that no pickle can import
     graph.eliminate_dead_code()
     module = fx.GraphModule(recipe, graph, class_name="Grown")

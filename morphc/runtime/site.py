@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 from morphc.errors import SeedError
 from morphc.lifecycle import Mode
@@ -241,8 +242,13 @@ def _gradient_hook(site: SeedSite, value: Tensor) -> Callable[[Tensor], None]:
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The layer's input: its first positional argument, else its first keyword, that is a floating tensor."""
+    """The layer's input: its first positional argument, else its first keyword, that is a floating tensor.
+
+    Of a packed sequence the data, [rows, features], whose rows are those of the output's data.
+    """
     for value in (*args, *kwargs.values()):
+        if isinstance(value, PackedSequence):
+            value = value.data
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     return None
