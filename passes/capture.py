@@ -2,7 +2,8 @@
 
 1. Rewritten: plain symbolic tracing succeeds without a value, in train and in eval mode.
 2. Matched: the recorded run gives a graph for reading.
-3. As written: its control flow reads tensor values, it left torch, or the example never reached it.
+3. As written: its control flow reads tensor values, it left torch, the example never reached it, or the model is
+   nested too deeply to be watched.
 
 A host that refuses its example input is an error of the example; a host that only refuses fake tensors is run on
 real ones.
@@ -49,6 +50,10 @@ class Capture:
         if recording.error:
             _explain_failure(program, recording.error, recording.error_source)
         program.recording = recording
+        if not recording.layers:
+            program.notes.append(
+                f"{recording.unseen}: layers were found by their type alone, and every forward runs as written"
+            )
         clone = clone_tree(program.host)
         # Reading a parametrized weight computes it, and some parametrizations update their buffers by that.
         own_state(clone)
@@ -59,8 +64,8 @@ class Capture:
         for path, module in modules.items():
             unseen = path not in program.regions and path not in recording.layers
             if unseen and not is_leaf(module) and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                reason = "the example input never reached it"
-                program.regions[path] = CapturedRegion(path, type(module).__name__, "as_written", reason, "")
+                cls = type(module).__name__
+                program.regions[path] = CapturedRegion(path, cls, "as_written", recording.unseen, "")
 
     def ensures(self, program: Program) -> str:
         missing = [r.path for r in program.regions.values() if r.level != "as_written" and not r.graphs]

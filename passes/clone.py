@@ -7,7 +7,9 @@ module objects are new, and whatever pointed at an old module from inside the tr
 2. modules, and bound methods of modules, kept in plain attributes: in lists, tuples, dicts (keys too), sets,
    partials, weak references, proxies and containers, closures and default arguments, and in objects of the user's own
    classes (in their `__dict__` or `__slots__`), which are copied when a module is in them;
-3. hooks: the dicts are new (a hook put on the clone is not on the host), bound-method hooks are rebound.
+3. hooks: the dicts are new (a hook put on the clone is not on the host). The host's own (`hooks.py`) are over the clone
+   and what it holds, its lists and dicts among them; all others keep what they close over: that is where their user
+   looks. Handles of hooks remove those of the clone.
 
 TorchScript modules can't be cloned (their state lives in C++) and are shared as they are. What is found in none
 of these ways (a module in a global table, in a class attribute, in an object of C) stays the host's: `verify` says so.
@@ -19,13 +21,25 @@ import copy
 import functools
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from morphc.passes.hooks import (
+    OWN_TABLES,
+    Belongings,
+    Refitted,
+    cells_of,
+    contents,
+    describe_as,
+    is_table,
+    is_wrapped,
+    referred,
+)
 from morphc.passes.isolation import (
     MAX_DEPTH,
     behind,
@@ -41,7 +55,6 @@ from morphc.passes.isolation import (
 M = TypeVar("M", bound=nn.Module)
 
 _WEAK_CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
-_OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
 
 def clone_tree(
@@ -59,8 +72,7 @@ def clone_tree(
             memo[id(module)] = copy.deepcopy(module) if copy_tensors else module
             continue
         memo[id(module)] = object.__new__(type(module))
-    owned = {id(value) for module in originals for value in _own_containers(module, attributes)}
-    rebind = _Rebinder(memo, owned, {kind for module in originals for kind in type(module).__mro__})
+    rebind = _Rebinder(memo, Belongings(originals, attributes), _hooks_of(originals, attributes))
     for module in originals:
         clone = memo[id(module)]
         if clone is not module and not isinstance(module, torch.jit.ScriptModule):
@@ -71,15 +83,14 @@ def clone_tree(
     return result
 
 
-def _own_containers(
-    module: nn.Module, attributes: Callable[[nn.Module], Mapping[str, Any]]
-) -> Iterator[object]:
-    """The lists, dicts and sets that are attributes of the user's."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return
-    for name, value in attributes(module).items():
-        if isinstance(value, list | dict | set) and name not in _OWN_DICTS and not name.endswith("_hooks"):
-            yield value
+def _hooks_of(
+    modules: list[nn.Module], attributes: Callable[[nn.Module], Mapping[str, Any]]
+) -> Iterator[Any]:
+    for module in modules:
+        if not isinstance(module, torch.jit.ScriptModule):
+            for name, value in attributes(module).items():
+                if is_table(name, value):
+                    yield from value.values()
 
 
 def every_module(root: nn.Module) -> list[nn.Module]:
@@ -105,9 +116,9 @@ def _all_modules(
         for child in own["_modules"].values():
             stack.extend(_modules_in(child, walked))
         for name, value in own.items():
-            if name.endswith("_hooks") and isinstance(value, dict):
+            if is_table(name, value):
                 stack.extend(hook.__self__ for hook in value.values() if _is_method_of_module(hook))
-            elif name not in _OWN_DICTS:
+            elif name not in OWN_TABLES:
                 stack.extend(_modules_in(value, walked))
 
 
@@ -141,14 +152,13 @@ def _parts(value: object) -> list[Any]:
     if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, types.FunctionType):
-        cells = [_contents(cell) for cell in value.__closure__ or ()]
-        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*cells_of(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if isinstance(value, _WEAK_CONTAINERS):
         return _weak_items(value)
     inside = list(held_by(value).values()) if is_users_object(value) else []
     if isinstance(value, dict):
         return [*inside, *(key for key in value if isinstance(key, nn.Module)), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return [*inside, *value]
     return inside
 
@@ -159,26 +169,22 @@ def _weak_items(value: Any) -> list[Any]:
     return [part for pair in list(value.items()) for part in pair]
 
 
-def _cells(function: types.FunctionType) -> list[Any]:
-    return [_contents(cell) for cell in function.__closure__ or ()]
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
-
-
 class _Rebinder:
     """Replaces references to old modules by references to their clones, copying only what contains one."""
 
-    def __init__(self, memo: dict[int, nn.Module], owned: set[int], classes: set[type]) -> None:
+    def __init__(self, memo: dict[int, nn.Module], own: Belongings, hooks: Iterator[Any]) -> None:
         self.memo = memo
-        self.owned = owned
-        self.classes = {(kind.__module__, kind.__qualname__) for kind in classes}
+        self.own = own
         self.containers: dict[int, Any] = {}
         self.without: set[int] = set()
+        self.in_hook = False
+        # Objects that a hook is, is a method of, or is over keep for the forward what the hook has seen.
+        self.moving: set[int] = set()
+        for hook in hooks:
+            if own.has_hook(hook):
+                found = [value for value in referred(hook) if is_users_object(value)]
+                self.moving.update({id(value) for value in found} & own.objects)
+                self.moving.update(id(value) for value in found if self._is_hook_over_own(value))
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
         if is_proxy(value):
@@ -194,7 +200,7 @@ class _Rebinder:
             return value if target is value.__self__ else types.MethodType(value.__func__, target)
         if isinstance(value, functools.partial):
             return self._partial(value, depth)
-        if isinstance(value, list | dict | set):
+        if isinstance(value, list | dict | set | deque):
             return self._mutable(value, depth)
         if isinstance(value, tuple):
             items = [self(item, depth + 1) for item in value]
@@ -211,56 +217,45 @@ class _Rebinder:
             return self._weak(value, depth)
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
+        if isinstance(value, RemovableHandle):
+            return self._handle(value)
         if is_users_object(value):
             return self._object(value, depth)
         return self._wrapped_hook(value)
 
     def hooks(self, table: Any) -> Any:
-        """A new table of hooks. A closure among them keeps what it closes over: that is where its user looks. One
-        that a method of the host's made is the host's own: its forward looks for what the hook has left.
-        """
-        fresh = copy.copy(table)
+        """A new table of hooks, those of the host's own over the clone."""
+        if id(table) in self.containers:
+            return self.containers[id(table)]
+        fresh = self.containers[id(table)] = copy.copy(table)
         for key, hook in table.items():
-            if isinstance(hook, types.MethodType | functools.partial) and not is_users_object(
-                getattr(hook, "__self__", None)
-            ):
-                fresh[key] = self(hook)
-            elif self._is_hosts(hook):
-                fresh[key] = self._over_host(hook)
-            else:
-                fresh[key] = self._wrapped_hook(hook)
+            fresh[key] = self._wrapped_hook(hook) if is_wrapped(hook) else self._hook(hook)
         return fresh
 
-    def _is_hosts(self, hook: object) -> bool:
-        """Whether a method of one of the modules made that closure, over the host or what the host holds."""
-        if not isinstance(hook, types.FunctionType) or not any(map(self._of_host, _cells(hook))):
-            return False
-        made_in = hook.__qualname__.rpartition(".<locals>")[0]
-        return (hook.__module__, made_in.rpartition(".")[0]) in self.classes
+    def _hook(self, hook: Any) -> Any:
+        if not self.own.has_hook(hook):
+            return hook
+        self.in_hook = True
+        try:
+            return self(hook)
+        finally:
+            self.in_hook = False
 
-    def _of_host(self, value: object) -> bool:
-        value = behind(value) if is_proxy(value) else value
-        return id(value) in (self.memo if isinstance(value, nn.Module) else self.owned)
-
-    def _over_host(self, hook: types.FunctionType) -> types.FunctionType:
-        """A hook that closes over parts of the host: over those of the clone."""
-        cells = tuple(
-            types.CellType(self(_contents(cell))) if self._of_host(_contents(cell)) else cell
-            for cell in hook.__closure__ or ()
-        )
-        fresh = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
-        fresh.__kwdefaults__, fresh.__qualname__, fresh.__module__, fresh.__doc__ = (
-            hook.__kwdefaults__,
-            hook.__qualname__,
-            hook.__module__,
-            hook.__doc__,
-        )
-        vars(fresh).update(vars(hook))
+    def _handle(self, handle: RemovableHandle) -> RemovableHandle:
+        table = handle.hooks_dict_ref()
+        if table is None or id(table) not in self.own.tables:
+            return handle
+        fresh = object.__new__(RemovableHandle)
+        fresh.id, fresh.hooks_dict_ref = handle.id, weakref.ref(self.hooks(table))
+        others = [ref() for ref in handle.extra_dict_ref]
+        fresh.extra_dict_ref = tuple(weakref.ref(self(other)) for other in others if other is not None)
         return fresh
 
     def _partial(self, value: functools.partial[Any], depth: int) -> Any:
-        func, args, keywords = (self(part, depth + 1) for part in (value.func, value.args, value.keywords))
-        if func is value.func and args is value.args and not self._holds_module(value.keywords):
+        func, args = (self(part, depth + 1) for part in (value.func, value.args))
+        keywords = {name: self(item, depth + 1) for name, item in value.keywords.items()}
+        same = all(keywords[name] is item for name, item in value.keywords.items())
+        if func is value.func and args is value.args and same:
             return value
         fresh = functools.partial(func, *args, **keywords)
         # functools.update_wrapper leaves the wrapped forward's name and signature here.
@@ -268,14 +263,17 @@ class _Rebinder:
         return fresh
 
     def _mutable(self, value: Any, depth: int) -> Any:
-        """Lists, dicts and sets are always copied: appending to the clone's must not show in the host's."""
+        """Lists, dicts and sets are always copied: appending to the clone's must not show in the host's. Those that
+        only a hook knows are its user's."""
         if id(value) in self.containers:
             return self.containers[id(value)]
+        if self.in_hook and id(value) not in self.own.containers and not self._holds_own(value):
+            return value
         fresh = shallow(value)
         if fresh is value:
             return value
         self.containers[id(value)] = fresh
-        if isinstance(value, list):
+        if isinstance(value, list | deque):
             for index, item in enumerate(value):
                 fresh[index] = self(item, depth + 1)
         elif isinstance(value, dict):
@@ -299,41 +297,38 @@ class _Rebinder:
         return fresh
 
     def _function(self, value: types.FunctionType, depth: int) -> Any:
-        """A function with modules in its closure or defaults, such as `lambda x: self.fc(x)`."""
+        """A function with modules or containers of the host's in its closure or defaults, such as
+        `lambda x: self.fc(x)`."""
         if not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
             return value
         if id(value) in self.containers:
             return self.containers[id(value)]
-        if not self._holds_module(value):
+        if not self._holds_own(value):
             return value
         cells = tuple(self._cell(cell) for cell in value.__closure__ or ())
         fresh = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
         self.containers[id(value)] = fresh
         for cell, old in zip(cells, value.__closure__ or (), strict=True):
             if cell is not old:
-                cell.cell_contents = self(_contents(old), depth + 1)
+                cell.cell_contents = self(contents(old), depth + 1)
         fresh.__defaults__ = self(value.__defaults__, depth + 1)
-        fresh.__kwdefaults__ = self(value.__kwdefaults__, depth + 1)
-        fresh.__qualname__, fresh.__module__, fresh.__doc__ = (
-            value.__qualname__,
-            value.__module__,
-            value.__doc__,
-        )
-        fresh.__annotations__ = value.__annotations__
+        named = value.__kwdefaults__ or {}
+        fresh.__kwdefaults__ = {name: self(item, depth + 1) for name, item in named.items()} or None
+        describe_as(fresh, value)
         vars(fresh).update({name: self(item, depth + 1) for name, item in vars(value).items()})
         return fresh
 
     def _cell(self, cell: types.CellType) -> types.CellType:
         """A new empty cell where modules are in it; any other stays shared, so that `nonlocal` counts on."""
         if id(cell) not in self.containers:
-            self.containers[id(cell)] = types.CellType() if self._holds_module(_contents(cell)) else cell
+            self.containers[id(cell)] = types.CellType() if self._holds_own(contents(cell)) else cell
         found: types.CellType = self.containers[id(cell)]
         return found
 
     def _object(self, value: Any, depth: int) -> Any:
         if id(value) in self.containers:
             return self.containers[id(value)]
-        if not self._holds_module(value):
+        if id(value) not in self.moving and not self._holds_module(value):
             return self._wrapped_hook(value)
         fresh = shallow(value)
         self.containers[id(value)] = fresh
@@ -352,16 +347,23 @@ class _Rebinder:
             self.without.add(id(value))
         return False
 
+    def _holds_own(self, value: object) -> bool:
+        """A module, a container that is an attribute of one, or an object that is copied, in a function's closure."""
+        for item in referred(value):
+            if id(item) in self.own.containers or id(item) in self.moving:
+                return True
+        return self._holds_module(value)
+
+    def _is_hook_over_own(self, value: object) -> bool:
+        return any(id(item) in self.own.containers for item in held_by(value).values())
+
     def _wrapped_hook(self, value: Any) -> Any:
         """torch wraps `with_module=True` hooks in an object that keeps the module weakly; make another."""
-        if type(value).__name__ != "_WrappedHook" or not hasattr(value, "hook"):
+        if not is_wrapped(value):
             return value
         module = value.module() if getattr(value, "with_module", False) else None
         target = None if module is None else self.memo.get(id(module), module)
-        own = value.hook
-        if self._is_hosts(own):
-            own = self._over_host(own)
-        return type(value)(self(own) if isinstance(own, types.MethodType) else own, target)
+        return type(value)(self._hook(value.hook), target)
 
 
 def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Mapping[str, Any]) -> None:
@@ -371,7 +373,7 @@ def _fill(clone: nn.Module, module: nn.Module, rebind: _Rebinder, attributes: Ma
             state[name] = copy.copy(value)
         elif name == "_modules":
             state[name] = _copy_children(value, rebind)
-        elif name.endswith("_hooks") and isinstance(value, dict):
+        elif is_table(name, value):
             state[name] = rebind.hooks(value)
         else:
             state[name] = rebind(value)
@@ -392,10 +394,12 @@ def _copy_children(children: Any, rebind: _Rebinder) -> Any:
 def _own_tensors(root: nn.Module) -> None:
     """Give every parameter, buffer and plain tensor of the tree a copy, one for each distinct tensor.
 
-    Plain ones are found in attributes and slots, containers, partials and objects; not in closures.
+    Plain ones are found in attributes and slots, containers, partials and objects, and in closures that are hooks of
+    the host's own.
     """
     copies: dict[int, Any] = {}
     modules = [module for module in every_module(root) if not isinstance(module, torch.jit.ScriptModule)]
+    own = Belongings(modules)
     for module in modules:
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -406,12 +410,18 @@ def _own_tensors(root: nn.Module) -> None:
     # Plain lists of the module's own parameters, such as an LSTM's `_flat_weights`, follow by their ids.
     for module in modules:
         for name, value in vars(module).items():
-            if name not in _OWN_DICTS and not name.endswith("_hooks"):
+            if name not in OWN_TABLES and not name.endswith("_hooks"):
                 vars(module)[name] = private_copy(value, copies, leaves=True)
         for slot in slot_names(type(module)):
             if hasattr(module, slot):
                 value = private_copy(getattr(module, slot), copies, leaves=True)
                 object.__setattr__(module, slot, value)
+    refit = Refitted(functools.partial(private_copy, memo=copies, leaves=True))
+    for module in modules:
+        for table in [value for name, value in vars(module).items() if is_table(name, value)]:
+            table.update({key: refit(hook) for key, hook in table.items() if own.has_hook(hook)})
+        functions = [(n, f) for n, f in vars(module).items() if isinstance(f, types.FunctionType)]
+        vars(module).update({name: refit(function) for name, function in functions if own.has_hook(function)})
 
 
 def walk_named(root: nn.Module) -> OrderedDict[str, nn.Module]:

@@ -348,7 +348,8 @@ class _Search:
         tap = kinds_of.tap_width(module) if module is not None else 0
         if not tap and input_shape and shape.kind == "linear":
             tap = int(input_shape[-1])
-        note = "" if executed else "not reached by the example input; watched from its type"
+        unseen = "not reached by the example input" if self.recording.layers else self.recording.unseen
+        note = "" if executed else f"{unseen}; watched from its type"
         if attention is not None:
             dtype = self._parameter(path).dtype
             tap = int(self._parameter(path).shape[1])
@@ -386,7 +387,7 @@ class _Search:
 
     def _level(self, region: str | None, executed: bool) -> tuple[Level, str]:
         if region is None:
-            return ("rewritten", "") if executed else ("as_written", "the example input never reached it")
+            return ("rewritten", "") if executed else ("as_written", self.recording.unseen)
         captured = self.program.regions.get(region)
         if captured is None:
             return "rewritten", ""
@@ -505,7 +506,7 @@ class _Search:
         if not any(True for _ in module.parameters(recurse=False)):
             return "it has no weights of its own"
         if path not in self.recording.layers:
-            return "no known kind of layer, and the example input never reached it"
+            return f"no known kind of layer, and {self.recording.unseen}"
         return "its forward is not one weighted matmul or convolution"
 
     def _miss(

@@ -25,6 +25,7 @@ from torch import nn
 MAX_DEPTH = 6
 _MOST_BYTES = 1 << 30
 _KEPT = (nn.Module, nn.Parameter, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_FILLED_LATER = (list, dict, set, deque, types.SimpleNamespace)
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -175,7 +176,7 @@ def _container(value: Any, memo: dict[int, Any], depth: int, leaves: bool) -> An
 
 def shallow(value: Any) -> Any:
     """`copy.copy(value)`, or the value itself where its class refuses or its copy would share its `__dict__`."""
-    if is_users_object(value) and not held_by(value) and not isinstance(value, list | dict | set | deque):
+    if is_users_object(value) and not held_by(value) and not isinstance(value, _FILLED_LATER):
         return value  # an object without state is a mark that is compared by `is`
     try:
         fresh = copy.copy(value)

@@ -29,11 +29,11 @@ from morphc.passes.clone import clone_tree
 from morphc.passes.isolation import KeptParameters, private_copy
 from morphc.passes.quiet import (
     cuda_devices,
+    deeper_stack,
     no_torchscript,
     own_state,
     quiet_log,
     quiet_state,
-    strip_user_hooks,
 )
 from morphc.passes.recorder import Layer, Recorder, Region, tensor_leaves
 from morphc.passes.sources import boundary, describe_error
@@ -43,7 +43,10 @@ _SMALL_BYTES = 64 << 20
 
 @dataclass
 class Recording:
-    """All that was seen. `how` is "fake", "real" or "" when no run succeeded, with `error` saying why."""
+    """All that was seen. `how` is "fake", "real" or "" when no run succeeded, with `error` saying why.
+
+    `fallback_reason`: why not a better kind of run. `unseen`: what is to say of a module that the run didn't show.
+    """
 
     how: str
     regions: dict[str, Region]
@@ -53,11 +56,29 @@ class Recording:
     error_source: str = ""
     fallback_reason: str = ""
 
+    @property
+    def unseen(self) -> str:
+        # Whatever was watched has shown its root at least.
+        return "the example input never reached it" if self.layers else self.fallback_reason
+
 
 def record(
     host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, allow_real: bool = True
 ) -> Recording:
-    """Run `host` once on the example, watched. Nothing of the host changes; a failure is part of the answer."""
+    """Run `host` once on the example, watched. Nothing of the host changes; a failure is part of the answer.
+
+    A host whose calls are nested too deeply to be watched, but not to run, gives a recording with nothing in it.
+    """
+    found = _recorded(host, args, kwargs, allow_real)
+    if found.error.startswith("RecursionError") and not _on_meta(host):
+        alone = _attempt(host, args, kwargs, fake=False, hooks=True, gradients=True, watched=False)
+        if not alone.error:
+            alone.fallback_reason = "the calls of this model are nested too deeply to be watched"
+            return alone
+    return found
+
+
+def _recorded(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], allow_real: bool) -> Recording:
     if allow_real and _is_small(host, args, kwargs):
         return _real(host, args, kwargs)
     first = _attempt(host, args, kwargs, fake=True, hooks=False)
@@ -114,18 +135,18 @@ def _attempt(
     fake: bool,
     hooks: bool,
     gradients: bool = False,
+    watched: bool = True,
 ) -> Recording:
     clone = clone_tree(host)
     # Also under fake tensors: an in-place update of a real buffer of one number is carried out on it.
-    own_state(clone)
-    if not hooks:
-        strip_user_hooks(clone)
+    own_state(clone, everyones_hooks=hooks)
     recorder = Recorder(clone)
     parameters = KeptParameters(*([] if fake else [clone]))
     error = source = ""
     with ExitStack() as stack:
         stack.enter_context(quiet_state(clone, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(deeper_stack())
         # What the model warns of in this run is no news to whoever runs it.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         if fake:
@@ -143,8 +164,9 @@ def _attempt(
         args, kwargs = tree_map(
             lambda x: own(x) if isinstance(x, torch.Tensor) else private_copy(x, memo), (args, kwargs)
         )
-        stack.enter_context(recorder)
-        stack.enter_context(_module_calls(recorder))
+        if watched:
+            stack.enter_context(recorder)
+            stack.enter_context(_module_calls(recorder))
         try:
             clone(*args, **kwargs)
         except Exception as raised:  # whatever the model's own code raises: the caller decides what it means

@@ -13,25 +13,22 @@ does: never a wrong answer.
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from morphc.errors import VerificationError
-from morphc.passes.clone import every_module
-from morphc.passes.isolation import KeptParameters, held_by, is_users_object, kept_random_state, private_copy
+from morphc.passes.isolation import KeptParameters, held_by, is_users_object, private_copy
 from morphc.passes.lower import Lower
 from morphc.passes.manager import register_pass
 from morphc.passes.program import Program
-from morphc.passes.quiet import cuda_devices, is_library_hook
-from morphc.passes.reach import bypassed, calls_of_the_host, own_modules, reached
+from morphc.passes.quiet import isolated
+from morphc.passes.reach import bypassed, calls_of_the_host, own_modules, reached, some
 from morphc.passes.recorder import tensor_leaves
 from morphc.passes.sources import describe_error
 from morphc.runtime.store import store_of
@@ -77,7 +74,9 @@ class Verify:
             return
         program.hidden_root = False
         running = [path for path, region in program.regions.items() if region.runs]
-        attempts: list[tuple[list[str], list[str]]] = [([path], []) for path in running]
+        # Calls nested too deeply are nobody's alone.
+        deep = "RecursionError" in difference
+        attempts: list[tuple[list[str], list[str]]] = [] if deep else [([path], []) for path in running]
         if len(running) > 1:
             attempts.append((running, []))
         functional = [site.path for site in program.plan.sites if site.parameter]
@@ -125,7 +124,8 @@ def _warn_of_bypassed(program: Program, runner: _Runner) -> None:
 
 
 def _account(regions: list[str], sites: list[str], difference: str) -> str:
-    what = f"regions {regions} run as written" if regions else ""
+    one = len(regions) == 1
+    what = f"region{'s' * (not one)} {some(regions)} run{'s' * one} as written" if regions else ""
     lost = f"{len(sites)} sites were left out" if sites else ""
     return f"{difference}: {' and '.join(filter(None, (what, lost)))}; with that, host and model are equal"
 
@@ -358,57 +358,3 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x.dequantize() if x.is_quantized else x.to_dense()
-
-
-@contextlib.contextmanager
-def isolated(root: nn.Module, *, training: bool, keep_hooks: bool = False, seed: int = 0) -> Iterator[None]:
-    """Run `root` so that nothing of it remembers: buffers, attributes, flags, and every RNG are put back."""
-    saved: list[tuple[nn.Module, dict[str, Any]]] = []
-    script_flags: list[tuple[nn.Module, bool]] = []
-    memo: dict[int, Any] = {}
-    reached = {id(module) for module in root.modules()}
-    for module in every_module(root):
-        if isinstance(module, torch.jit.ScriptModule):
-            script_flags.append((module, module.training))
-            module.train(training)
-            continue
-        before = dict(vars(module))
-        saved.append((module, before))
-        vars(module).update(_scratch(before, keep_hooks, memo))
-        if id(module) in reached:
-            vars(module)["training"] = training
-    try:
-        with torch.random.fork_rng(devices=cuda_devices(root)), kept_random_state():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        for module, flag in script_flags:
-            module.train(flag)
-        for module, before in saved:
-            vars(module).clear()
-            vars(module).update(before)
-
-
-def _scratch(before: dict[str, Any], keep_hooks: bool, memo: dict[int, Any]) -> dict[str, Any]:
-    fresh: dict[str, Any] = {}
-    for name, value in before.items():
-        if name in ("_parameters", "_modules"):
-            fresh[name] = value.copy()
-        elif name == "_buffers":
-            fresh[name] = {k: None if b is None else _own(b, memo) for k, b in value.items()}
-        elif name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            kept = type(value)()
-            kept.update((k, h) for k, h in value.items() if keep_hooks or is_library_hook(h))
-            fresh[name] = kept
-        elif not name.endswith("_hooks"):
-            fresh[name] = private_copy(value, memo)
-    return fresh
-
-
-def _own(buffer: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    if id(buffer) not in memo:
-        memo[id(buffer)] = buffer.clone()
-    copied: torch.Tensor = memo[id(buffer)]
-    return copied

@@ -94,7 +94,7 @@ class TestDemotion:
         assert region.reason.startswith(
             "its graph did not compute what its forward does: the example, train mode: "
         )
-        assert "regions [''] run as written" in result.report.verification[-1]
+        assert "region root runs as written" in result.report.verification[-1]
         assert_same(host, result.model, rows())
 
     def test_its_functional_layers_keep_their_sites(self):
