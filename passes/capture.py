@@ -18,6 +18,7 @@ from torch import nn
 
 from morphc.errors import ExampleInputError, HostForwardError, PlanError
 from morphc.passes.clone import clone_tree
+from morphc.passes.hooks import RUN_HOOKS, Belongings
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Plan
 from morphc.passes.program import CapturedRegion, Program, graphs_hash
@@ -113,6 +114,17 @@ def _retrace(program: Program, plan: Plan) -> None:
 
 def _explain_failure(program: Program, error: str, source: str) -> None:
     at = f" at {source}" if source else ""
+    own = Belongings(program.host.modules())
+    for path, module in program.host.named_modules():
+        for table in (vars(module).get(name, {}) for name in RUN_HOOKS):
+            made = next((hook for hook in table.values() if own.is_made_outside(hook)), None)
+            if made is not None:
+                raise HostForwardError(
+                    f"the forward of {type(program.host).__name__}'s copy fails on the example inputs{at}: {error}. "
+                    f"The hook {getattr(made, '__qualname__', repr(made))} on {path or 'the root'!r} was made outside "
+                    "of the model's classes and refers to one of its modules, so it still writes to the host: make it "
+                    "in a method of the class, or over a dict that is an attribute of the module"
+                )
     raise HostForwardError(
         f"{type(program.host).__name__}'s own forward fails on the example inputs{at}: {error}. "
         "Run model(*example_inputs) by hand first; inputs must be on the model's device and of its dtype"

@@ -146,6 +146,12 @@ class Belongings:
             return True
         return any(map(self._made, found))
 
+    def is_made_outside(self, hook: Any) -> bool:
+        """Whether a hook is over one of the modules, but made elsewhere: a clone's still writes to that module."""
+        if is_library_hook(hook) or self.has_hook(hook):
+            return False
+        return any(id(value) in self.modules for value in referred(hook))
+
     def _holds(self, value: object) -> bool:
         return id(value) in self.modules or id(value) in self.objects
 

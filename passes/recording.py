@@ -30,6 +30,7 @@ from morphc.passes.isolation import KeptParameters, private_copy
 from morphc.passes.quiet import (
     cuda_devices,
     deeper_stack,
+    isolated,
     no_torchscript,
     own_state,
     quiet_log,
@@ -147,6 +148,9 @@ def _attempt(
         stack.enter_context(quiet_state(clone, training=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(deeper_stack())
+        if hooks:
+            # A hook of the user's that is over the host writes there, also when the clone runs.
+            stack.enter_context(isolated(host, training=False, keep_hooks=True))
         # What the model warns of in this run is no news to whoever runs it.
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         if fake:

@@ -253,7 +253,12 @@ class _Runner:
 
         args, kwargs = tree_map(fresh, inputs)
         leaves = [x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
-        with isolated(module, training=training, keep_hooks=self.keep_hooks), torch.enable_grad():
+        with contextlib.ExitStack() as stack:
+            if self.keep_hooks and module is not self.host:
+                # A hook of the user's that is over the host writes there, also when the model runs.
+                stack.enter_context(isolated(self.host, training=training, keep_hooks=True))
+            stack.enter_context(isolated(module, training=training, keep_hooks=self.keep_hooks))
+            stack.enter_context(torch.enable_grad())
             output = module(*args, **kwargs)
             values = _tensors(output)
             seeds = [x for x in values if x.requires_grad and x.is_floating_point()]

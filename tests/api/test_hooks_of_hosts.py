@@ -413,3 +413,26 @@ def test_a_hook_of_the_users_sees_no_run_of_the_compilers_and_keeps_its_own_list
     assert not seen
     model(torch.randn(3, 4))
     assert len(seen) == 1
+
+
+def test_a_hook_over_the_host_that_a_stranger_made_is_named_and_writes_nothing() -> None:
+    def writer(host: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            host.kept = output
+
+        return hook
+
+    class Written(OverDict):
+        def setup(self) -> None:
+            self.layer.register_forward_hook(writer(self))
+
+        def left(self) -> Tensor:
+            y: Tensor = self.kept
+            return y
+
+    host = made(Written, ran=False)
+    with pytest.raises(
+        morphc.errors.HostForwardError, match=r"writer.<locals>.hook on 'layer' was made outside"
+    ):
+        compiled(host)
+    assert not hasattr(host, "kept")
