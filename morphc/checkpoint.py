@@ -32,6 +32,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tied tensors, checksum). Raises NotMorphedError and CheckpointError.
     """
     store = store_of(model)
+    store.leave_meta()
     plan = _plan(store)
     tensors, tied = storable(root_of(model).state_dict())
     write(Path(directory), tensors, tied, plan)
@@ -154,14 +155,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
             is_parameter = isinstance(value, nn.Parameter)
             fresh[id(value)] = nn.Parameter(own, requires_grad=value.requires_grad) if is_parameter else own
     model.load_state_dict({key: fresh[id(value)] for key, value in target.items()}, strict=True, assign=True)
-    state = store_of(model).state
-    widths = [w for site in store_of(model).sites.values() for w in _widths(site.features, site.seeds)]
-    state._buffers["widths"] = torch.tensor(widths, dtype=torch.int32)
-
-
-def _widths(features: int, seeds: int) -> list[int]:
-    base, wider = divmod(features, seeds)
-    return [base + (seed < wider) for seed in range(seeds)]
 
 
 def _check_meta_buffers(model: nn.Module, saved: Mapping[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ from morphc.kernels.blueprints.base import Blueprint, Geometry, get
 from morphc.kernels.reference.adamw import adamw_rows
 from morphc.kernels.reference.blends import blend_shapes
 from morphc.runtime.active import jit_traced
+from morphc.runtime.meta import started
 
 FREE = -1
 
@@ -30,6 +31,25 @@ class Moments(nn.Module):
             self.register_buffer(f"exp_avg_{name}", torch.zeros_like(param))
             self.register_buffer(f"exp_avg_sq_{name}", torch.zeros_like(param))
         self.register_buffer("step", torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Moments:
+        super()._apply(_precise(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def reset_parameters(self) -> None:
+        """Nothing: what leaves meta is zero by itself."""
+
+
+def _precise(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` for the tensors of a bank: never below float32, and zero where they leave the meta device."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = started(fn, tensor)
+        if not tensor.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
+            return moved
+        return (moved if tensor.is_meta else tensor).to(moved.device, torch.float32)
+
+    return apply
 
 
 class SlotParameter(nn.Parameter):
@@ -220,16 +240,21 @@ class SlotBank(nn.Module):
             self._bound[name] = param
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotBank:
-        def keep_precise(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not tensor.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
-                return moved
-            return tensor.to(moved.device, torch.float32)
-
-        grads = {name: None if grad is None else keep_precise(grad) for name, grad in self.grads().items()}
-        super()._apply(keep_precise, recurse)  # type: ignore[no-untyped-call]
+        was_on_meta, precise = self.owner.is_meta, _precise(fn)
+        grads = {name: None if grad is None else precise(grad) for name, grad in self.grads().items()}
+        super()._apply(precise, recurse)  # type: ignore[no-untyped-call]
+        if was_on_meta and not self.owner.is_meta:
+            self.owner.fill_(FREE)
         self._bind(grads)
         return self
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether any of its tensors has no values yet."""
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
+
+    def reset_parameters(self) -> None:
+        """Nothing: a bank that leaves meta has free slots by itself. See `SeedState.reset_parameters`."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles don't keep two tensors on one storage, so the aliases are made again on arrival.

@@ -84,12 +84,12 @@ class SiteHandle:
     @torch.no_grad()
     def telemetry(self) -> dict[str, Tensor]:
         """Health of the site's seeds, [S] float64 on the CPU; see `Seeds.telemetry`."""
-        return dict(zip(HEALTH, self._store.state.health()[:, self.rows].cpu().unbind(0), strict=True))
+        return dict(zip(HEALTH, self._store.live().health()[:, self.rows].cpu().unbind(0), strict=True))
 
     def history(self, index: int) -> list[Entry]:
         """The last ten transitions of one seed, oldest first."""
         (seed,) = self._checked(index)
-        state = self._store.state
+        state = self._store.live()
         row = self.site.offset + seed
         count = int(state.transitions[row])
         ring = state.history[row].tolist()
@@ -120,8 +120,9 @@ class SiteHandle:
         target = _state(state)
         if alpha is not None and not 0.0 <= float(alpha) <= 1.0:
             raise SeedError(f"alpha={alpha!r} is not between 0 and 1")
+        arrays = self._store.live()
         moves = self._plan(chosen, target, blueprint)
-        draws = self._store.state.transitions[self.rows].tolist()
+        draws = arrays.transitions[self.rows].tolist()
         numbers = {}
         for seed, move in moves.items():
             if not move.keep:
@@ -143,6 +144,13 @@ class SiteHandle:
             return {seed: _Move(None, -1, False) for seed in chosen}
         if not banks:
             self._refuse(None)
+        if any(bank.on_meta for bank in banks.values()):
+            self._store.leave_meta()
+            if any(bank.on_meta for bank in banks.values()):
+                raise SeedError(
+                    f"the layer of site {self.site.path!r} is on the meta device and so are its slots; "
+                    "give it values first: model.to_empty(device=...), or load_state_dict(..., assign=True)"
+                )
         held = self._store.state.slot[self.rows].tolist()
         owners = {name: bank.owner.tolist() for name, bank in banks.items()}
         free = {name: [slot for slot, owner in enumerate(own) if owner < 0] for name, own in owners.items()}
@@ -240,6 +248,7 @@ class Seeds:
 
     def __init__(self, model: nn.Module) -> None:
         self._store: SeedStore = store_of(model)
+        self._store.leave_meta()
         self.sites: Mapping[str, SiteHandle] = MappingProxyType(
             {path: SiteHandle(self._store, site) for path, site in self._store.sites.items()}
         )
@@ -268,7 +277,7 @@ class Seeds:
     @torch.no_grad()
     def telemetry(self) -> dict[str, Tensor]:
         """Health of every seed since the last tick, [N] float64 on the CPU: one copy, nothing is reset."""
-        return dict(zip(HEALTH, self._store.state.health().cpu().unbind(0), strict=True))
+        return dict(zip(HEALTH, self._store.live().health().cpu().unbind(0), strict=True))
 
     def history(self, path: str, index: int) -> list[Entry]:
         """The last ten transitions of one seed, oldest first."""
@@ -294,7 +303,7 @@ class Seeds:
         frame: dict[str, Any] = {
             "site": [path for path, _ in index],
             "seed": [seed for _, seed in index],
-            "state": [Lifecycle(value).name for value in self.lifecycle.tolist()],
+            "state": [Lifecycle(value).name for value in self._store.live().lifecycle.tolist()],
             "alpha": self.alpha.tolist(),
         }
         frame |= {name: values.tolist() for name, values in self.telemetry().items()}

@@ -16,6 +16,7 @@ from morphc.runtime import active, engine
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.devicegauge import DeviceGauge
+from morphc.runtime.meta import refuses
 from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, due_in_graph
 
 if TYPE_CHECKING:
@@ -215,10 +216,13 @@ class SeedSite(nn.Module):
         return active.describe(bank.owner, state.lifecycle[rows], state.alpha[rows], self.features).trains
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSite:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         store = self.state.store
-        if store is not None and store.hidden:
-            self.state._apply(fn)  # the root can't have it as a child, so its sites bring it along
+        bank = next((bank for _, bank in self.slots.items() if bank.on_meta), None)
+        if store is not None and bank is not None and refuses(fn, bank.owner):
+            store.leave_meta()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if store is not None and store.hidden and store.carrier is self:
+            self.state._apply(fn)  # the root can't have it as a child
         return self
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ from morphc.kernels.reference.lifecycle import HISTORY
 from morphc.kernels.reference.telemetry import Sums
 from morphc.kernels.reference.telemetry_cpu import Array, Floats, Ints, center_of, cut_of, first_shift
 from morphc.runtime.devicegauge import Pending
+from morphc.runtime.meta import refuses, started
 
 if TYPE_CHECKING:
     from morphc.runtime.store import SeedStore
@@ -38,12 +39,15 @@ INT_ARRAYS: Final = (
     "embargo",
 )
 FLOAT_ARRAYS: Final = ("alpha", "score")
+_STARTS: Final = {"slot": -1, "graft": -1, "history": -1}
+"""What is not zero in a seed that nothing has happened to yet."""
 
 
 class SeedState(nn.Module):
     """Buffers [N]; `history` [N, 10, 3] holds (tick, from, to), a ring that `transitions` counts, or -1.
 
-    Their types never change: `.half()` and `.to(dtype)` move them and leave the numbers alone.
+    Their types never change: `.half()` and `.to(dtype)` move them and leave the numbers alone. Whatever takes them off
+    the meta device gives them the values of a fresh compile.
     """
 
     lifecycle: Tensor
@@ -65,14 +69,13 @@ class SeedState(nn.Module):
     def __init__(self, widths: Sequence[int], device: torch.device | None = None) -> None:
         super().__init__()
         count = len(widths)
+        self.features = tuple(widths)  # the buffer's values, for when it leaves the meta device
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         for name in INT_ARRAYS:
             self.register_buffer(name, torch.zeros(count, **ints))
-        self.slot.fill_(-1)
-        self.graft.fill_(-1)
         for name in FLOAT_ARRAYS:
             self.register_buffer(name, torch.zeros(count, dtype=torch.float32, device=device))
-        self.register_buffer("history", torch.full((count, HISTORY, 3), -1, **ints))
+        self.register_buffer("history", torch.zeros(count, HISTORY, 3, **ints))
         self.register_buffer("transitions", torch.zeros(count, **ints))
         self.register_buffer("tick", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("sums", torch.zeros(8, count, dtype=torch.float64, device=device))
@@ -80,6 +83,8 @@ class SeedState(nn.Module):
         self.register_buffer(
             "widths", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False
         )
+        for name, value in _STARTS.items():
+            self.get_buffer(name).fill_(value)
         self.store: SeedStore | None = None
         self.window = 0
         self.pending = Pending()
@@ -97,14 +102,30 @@ class SeedState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedState:
         self.settle()
+        was_on_meta = self.on_meta
+        if was_on_meta and self.store is not None and refuses(fn, self.tick):
+            self.store.leave_meta()
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
-            moved = fn(buffer)
+            moved = started(fn, buffer, _STARTS.get(name, 0))
             if moved.dtype != buffer.dtype:
-                moved = buffer.to(moved.device)
+                moved = moved.to(buffer.dtype) if buffer.is_meta else buffer.to(moved.device)
+            if name == "widths" and buffer.is_meta and not moved.is_meta:
+                moved = torch.tensor(self.features, dtype=buffer.dtype, device=moved.device)
             self._buffers[name] = moved
+        if self.store is not None and self.on_meta is not was_on_meta:
+            self.window += 1
+            self.store.refresh_modes()  # what the seeds were told before is gone with the values
         return self
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether any of the arrays has no values yet."""
+        return any(buffer.is_meta for buffer in self._buffers.values() if buffer is not None)
+
+    def reset_parameters(self) -> None:
+        """Nothing: what leaves meta starts by itself. Whoever materialises a model module by module calls it."""
 
     def reset_telemetry(self) -> None:
         """Begin a new window."""
@@ -161,4 +182,5 @@ def _loaded(state: nn.Module, incompatible: Any) -> None:
     assert isinstance(state, SeedState)
     state.window += 1
     if state.store is not None:
+        state.store.leave_meta()  # with assign=True a checkpoint of the host alone brings no values for the seeds
         state.store.refresh_modes()

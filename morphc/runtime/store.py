@@ -14,6 +14,7 @@ from morphc.errors import NotMorphedError, SeedError
 from morphc.lifecycle import Lifecycle, Mode, mode_of
 from morphc.runtime import engine, fastpath
 from morphc.runtime.forward import SiteForward
+from morphc.runtime.meta import device_of, leave
 from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
 from morphc.runtime.state import SeedState
@@ -98,6 +99,39 @@ class SeedStore:
     def __len__(self) -> int:
         return sum(site.seeds for site in self.sites.values())
 
+    @property
+    def carrier(self) -> SeedSite | None:
+        """The site that takes a hidden root's state along when the model moves: the first. One, for a state that is
+        moved twice by `to_empty` would lose the values that it got when it left meta."""
+        return next(iter(self.sites.values()), None)
+
+    def leave_meta(self, fallback: torch.device | None = None) -> None:
+        """Give start values to what is still on meta where its layer has left it: a bank beside its layer, the state
+        beside the first of them, else on `fallback`.
+        """
+        first: torch.device | None = None
+        for path, site in self.sites.items():
+            layer = self.requests[path].layer
+            device = device_of((*layer.named_parameters(), *layer.named_buffers()), CHILD)
+            first = first or device
+            if device is not None:
+                leave(site.slots, device)
+        device = first or fallback
+        if device is not None and self.state.on_meta:
+            leave(self.state, device)
+
+    def live(self) -> SeedState:
+        """The state, with values. Raises SeedError while the whole model is on the meta device."""
+        if self.state.on_meta:
+            self.leave_meta()
+            if self.state.on_meta:
+                raise SeedError(
+                    f"the {len(self)} seeds are on the meta device, as the model is, and have no values; "
+                    "give it some first: model.to_empty(device=...) and model.load_state_dict(host_state, "
+                    "strict=False), or load_state_dict(..., assign=True)"
+                )
+        return self.state
+
     def set_mode(self, site: SeedSite, mode: Mode) -> None:
         """Command a mode; fused attention paths around the site follow."""
         if site.mode is mode:
@@ -110,7 +144,7 @@ class SeedStore:
 
     def refresh_modes(self) -> None:
         """Set every site's mode from the states. Reads the device: for commands, never for a step."""
-        states = self.state.lifecycle.tolist() if not self.state.lifecycle.is_meta else [0] * len(self)
+        states = self.state.lifecycle.tolist() if not self.state.on_meta else [0] * len(self)
         for site in self.sites.values():
             found = {Lifecycle(state) for state in states[site.offset : site.offset + site.seeds]}
             self.set_mode(site, mode_of(found))
@@ -203,7 +237,16 @@ def load_hook(
     unexpected.extend(under + key for key in result.unexpected_keys)
 
 
+def loaded_hook(root: nn.Module, incompatible: Any) -> None:
+    # The seeds were loaded before the host, so only now is it known which layers have left the meta device.
+    holder = root.__dict__[CHILD]
+    assert isinstance(holder, SeedRoot)
+    if holder.store is not None:
+        holder.store.leave_meta()
+
+
 def install_hooks(root: nn.Module) -> None:
+    root.register_load_state_dict_post_hook(loaded_hook)  # type: ignore[no-untyped-call]
     root.register_state_dict_post_hook(save_hook)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(load_hook)  # type: ignore[no-untyped-call]
 
@@ -212,6 +255,9 @@ def remove_hooks(root: nn.Module) -> None:
     for key, hook in list(root._state_dict_hooks.items()):
         if hook is save_hook:
             del root._state_dict_hooks[key]
+    for key, hook in list(root._load_state_dict_post_hooks.items()):
+        if hook is loaded_hook:
+            del root._load_state_dict_post_hooks[key]
     for key, hook in list(root._load_state_dict_pre_hooks.items()):
         if getattr(hook, "hook", None) is load_hook:
             del root._load_state_dict_pre_hooks[key]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from morphc.errors import SeedError
 from morphc.kernels.backend import KERNEL_DTYPES, chosen
 from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
 from morphc.kernels.reference.health import (
@@ -220,6 +221,8 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
             return True
     if not measurable(y, site):
         return False
+    if sums.is_meta:
+        sums = leave_meta(site, y.device)
     if y.device == sums.device and y.dtype in KERNEL_DTYPES and chosen(site.backend, y.device) == "triton":
         on_kernels = (
             gauge if known and isinstance(gauge, DeviceGauge) else DeviceGauge(site, sums, state.counts)
@@ -241,6 +244,13 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
         state.pending.gauges.add(gauge)
     gauge.measure(gauge.prepare(y), state.window)
     return True
+
+
+def leave_meta(site: SeedSite, device: torch.device) -> Tensor:
+    """The state's sums, after it has left the meta device: the model did so tensor by tensor, and told nobody."""
+    if site.state.store is not None:
+        site.state.store.leave_meta(device)
+    return site.state.sums
 
 
 def _add_any(
@@ -273,6 +283,9 @@ def due_in_graph(site: SeedSite, y: Tensor) -> None:
     """The compiled form: one opaque op that counts by itself, so that no Python counter is guarded on."""
     if exporting() or not y.is_floating_point() or y.shape[site.feature_axis] != site.features:
         return
+    if site.state.sums.device.type == "meta" and y.device.type != "meta":
+        # Not while it is traced: the forward runs in eager then, where they leave, and is traced anew after that.
+        raise SeedError("the seeds are still on the meta device: call morphc.seeds(model) before torch.compile")
     torch.ops.morphc.watch(
         y.detach(),
         site.clock,
