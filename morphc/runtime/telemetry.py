@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morphc.errors import SeedError
 from morphc.kernels.backend import KERNEL_DTYPES, chosen
 from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
 from morphc.kernels.reference.health import (
@@ -283,9 +282,10 @@ def due_in_graph(site: SeedSite, y: Tensor) -> None:
     """The compiled form: one opaque op that counts by itself, so that no Python counter is guarded on."""
     if exporting() or not y.is_floating_point() or y.shape[site.feature_axis] != site.features:
         return
-    if site.state.sums.device.type == "meta" and y.device.type != "meta":
-        # Not while it is traced: the forward runs in eager then, where they leave, and is traced anew after that.
-        raise SeedError("the seeds are still on the meta device: call morphc.seeds(model) before torch.compile")
+    if site.state.sums.device.type == "meta":
+        # Tensors were set one by one and told nobody. The seeds can't leave meta inside a graph: they do with the next
+        # command or `morphc.seeds(model)`, and the graph is guarded on where they are.
+        return
     torch.ops.morphc.watch(
         y.detach(),
         site.clock,
