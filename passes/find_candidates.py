@@ -24,12 +24,13 @@ from torch import nn
 from morphc.config import Config
 from morphc.errors import ConfigError
 from morphc.passes import layers as kinds_of
+from morphc.passes.axes import Probe, settled
 from morphc.passes.flow import ACTIVATION_MODULES, Flow, collapse
 from morphc.passes.layers import Shape, WeightedCall
 from morphc.passes.manager import register_pass
 from morphc.passes.plan import Block, Level, Miss, Site
 from morphc.passes.program import Program
-from morphc.passes.recorder import Layer
+from morphc.passes.recorder import Layer, torchs_own
 from morphc.passes.recording import Recording
 from morphc.passes.updates import with_plan
 from morphc.runtime.attention import PACKED
@@ -84,6 +85,8 @@ class _Search:
         self.calls: dict[str, WeightedCall] = {}
         self.misses: dict[str, Miss] = {}
         self.flow = Flow(collapse(self.recording.flow, set(), {}).graph)
+        self.probe = Probe(self.recording.how == "real")
+        self.turned: dict[str, str] = {}
 
     def run(self) -> tuple[tuple[Site, ...], tuple[Miss, ...]]:
         self._by_type()
@@ -236,7 +239,15 @@ class _Search:
                 shape = self.shapes[path] = Shape(
                     shape.kind, shape.features, shape.feature_axis, 0, shape.quantized
                 )
-            wrong = kinds_of.check_output(shape, layer)
+            owner = self.modules.get(self.owners.get(path, path))
+            wrong = ""
+            if owner is not None and not torchs_own(owner):
+                before = shape.feature_axis
+                shape, wrong = settled(shape, owner, layer, self.probe, movable=path not in self.owners)
+                self.shapes[path] = shape
+                if shape.feature_axis != before:
+                    self.turned[path] = f"its own forward hands its features out at axis {shape.feature_axis}"
+            wrong = wrong or kinds_of.check_output(shape, layer)
             packed = shape.kind == "rnn" and layer.output_shape is None
             if wrong and not packed:
                 del self.shapes[path]
@@ -350,6 +361,8 @@ class _Search:
             tap = int(input_shape[-1])
         unseen = "not reached by the example input" if self.recording.layers else self.recording.unseen
         note = "" if executed else f"{unseen}; watched from its type"
+        if path in self.turned:
+            tap, note = 0, self.turned[path]  # its input and its output don't line up row by row
         if attention is not None:
             dtype = self._parameter(path).dtype
             tap = int(self._parameter(path).shape[1])
@@ -449,6 +462,8 @@ class _Search:
         block = self.flow.block(site.path, kinds, features, calls) if site.path in kinds else None
         if block is None or block.obstacle:
             return block
+        if any(member in self.turned for member in (*block.inputs, block.output)):
+            return None
         turned = next((p for p in (*block.inputs, block.output) if "Transpose" in self._class_of(p)), None)
         return block if turned is None else replace(block, obstacle=f"{turned!r} is a transposed convolution")
 

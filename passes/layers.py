@@ -15,7 +15,8 @@ from morphc.passes.recording import Recording
 from morphc.runtime.attention import PACKED, SEPARATE
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+_CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_INSTANCE_NORMS = {"InstanceNorm1d": -2, "InstanceNorm2d": -3, "InstanceNorm3d": -4}
 _CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 # Torch calls whose result is one parameterised matmul or convolution of their input: name -> kind.
@@ -101,6 +102,11 @@ def classify(module: nn.Module) -> Shape | None:
     if isinstance(module, _CHANNEL_NORMS):
         features: int = getattr(module, "num_features", 0) or getattr(module, "num_channels", 0)
         return Shape("norm", features, 1)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        # These also take an input without its batch.
+        names = [cls.__name__.removeprefix("Lazy") for cls in type(module).__mro__]
+        axis = next((_INSTANCE_NORMS[name] for name in names if name in _INSTANCE_NORMS), 1)
+        return Shape("norm", module.num_features, axis)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Shape("embedding", module.embedding_dim, -1)
     if isinstance(module, nn.MultiheadAttention):
@@ -190,7 +196,8 @@ def weighted_calls(recording: Recording) -> list[WeightedCall]:
         if position is None:
             continue
         shape = data["shape"]
-        axis, reason = _feature_axis(data["name"], kind, position, weights, data["input_shapes"], shape)
+        equation = data.get("equation")
+        axis, reason = _feature_axis(data["name"], kind, position, data["input_shapes"], shape, equation)
         features = int(shape[axis]) if shape and -len(shape) <= axis < len(shape) else 0
         found.append(
             WeightedCall(
@@ -217,17 +224,22 @@ def _feature_axis(
     name: str,
     kind: str,
     position: int,
-    weights: tuple[str | None, ...],
     shapes: tuple[tuple[int, ...], ...],
     output: tuple[int, ...],
+    equation: str | None,
 ) -> tuple[int, str]:
+    """The axis, and why it is none that can be watched."""
     name = name.removesuffix(".default")
     if kind == "conv":
         return -(len(shapes[position]) - 1), ""
     if kind == "norm" and ("batch" in name or "group" in name):
         return 1 - len(output), ""
-    if name.endswith(("einsum", "tensordot")):
-        return _einsum_axis(position, shapes, output)
+    if name.endswith("einsum"):
+        return _einsum_axis(position, shapes, output, equation)
+    if kind == "linear" and len(shapes[position]) == 1:
+        return -1, "its weight is one vector, so that its output has no feature axis"
+    if name.endswith("tensordot"):
+        return _tensordot_axis(position, shapes, output)
     left = position == (1 if name.endswith(("addmm", "baddbmm")) else 0)
     if name.endswith(("mm", "matmul")) and left:
         return (-2, "") if len(output) > 1 else (-1, "")
@@ -235,12 +247,35 @@ def _feature_axis(
 
 
 def _einsum_axis(
+    position: int, shapes: tuple[tuple[int, ...], ...], output: tuple[int, ...], equation: str | None
+) -> tuple[int, str]:
+    """The last axis, where its letter is the weight's alone."""
+    last_only = -1, "the feature axis of this einsum isn't its last one"
+    if (
+        equation is None
+    ):  # axes given as numbers: the last one counts where its width can only be the weight's
+        others = [size for at, shape in enumerate(shapes) if at != position for size in shape]
+        own = bool(output) and output[-1] in shapes[position] and output[-1] not in others
+        return (-1, "") if own else last_only
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        letters = inputs.replace(",", "").replace(".", "")
+        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    last = result[-1:]
+    elsewhere = any(last in term for at, term in enumerate(terms) if at != position)
+    return last_only if last in ("", ".") or last not in terms[position] or elsewhere else (-1, "")
+
+
+def _tensordot_axis(
     position: int, shapes: tuple[tuple[int, ...], ...], output: tuple[int, ...]
 ) -> tuple[int, str]:
-    """The last axis, where its width can be the weight's; the equation itself is not among the tensors."""
-    if output and output[-1] in shapes[position]:
+    """The result has the left operand's free axes, then the right one's: the last is the weight's if it is its."""
+    contracted = (len(shapes[0]) + len(shapes[1]) - len(output)) // 2
+    free = len(shapes[1]) - contracted
+    if output and (free > 0) is (position == 1):
         return -1, ""
-    return -1, "the feature axis of this einsum isn't its last one"
+    return -1, "the feature axis of this tensordot isn't its last one"
 
 
 def look_alike(region: Region, layer: Layer | None, calls: list[WeightedCall]) -> Shape | None:

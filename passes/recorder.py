@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from morphc.passes.clone import names_by_id, parameter_names
 from morphc.passes.sources import definition, user_frame
@@ -40,9 +40,22 @@ class Region:
     calls: int = 0
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """What it takes to make a tensor like one that was an argument."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass
 class Layer:
-    """What the recording knows of one executed module: shapes and where it was called from."""
+    """What the recording knows of one executed module: shapes and where it was called from.
+
+    `example`: (args, kwargs) of its first call where its forward isn't torch's own; a tensor is a `Sketch` there and
+    an object that isn't plain data `...`.
+    """
 
     path: str
     calls: int = 0
@@ -52,6 +65,22 @@ class Layer:
     output_kind: str = ""
     region: str | None = None
     source: str = ""
+    example: Any = None
+
+
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def _sketch(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return Sketch(tuple(value.shape), value.dtype, value.device)
+    return value if isinstance(value, PLAIN) else ...
+
+
+def torchs_own(module: nn.Module) -> bool:
+    """Whether what runs for the module is a forward of torch's."""
+    origin = getattr(type(module).forward, "__module__", None) or ""
+    return "forward" not in vars(module) and origin.startswith("torch.")
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -126,6 +155,8 @@ class Recorder(TorchFunctionMode):
         number = self._flow_node("function", name, inputs, result, source=source)
         if any(self.flow.nodes[number]["weights"]):
             self.flow.nodes[number]["inside"] = self._called_past_call()
+        if name.endswith(("einsum", "einsum.default")) and args and isinstance(args[0], str):
+            self.flow.nodes[number]["equation"] = args[0]
         if "approximate" in kwargs:
             self.flow.nodes[number]["variant"] = kwargs["approximate"]
         frame = self.stack[-1] if self.stack else None
@@ -186,7 +217,7 @@ class Recorder(TorchFunctionMode):
             self.flow.nodes[number]["module_class"] = type(module).__name__
             self.flow.nodes[number]["variant"] = getattr(module, "approximate", None)
         if path is not None:
-            self._note_layer(path, parent, args, kwargs, result, source)
+            self._note_layer(path, module, parent, args, kwargs, result, source)
         if parent is not None:
             target = _relative(shown, parent.region.path)
             node = parent.region.graph.create_node(
@@ -227,7 +258,14 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _note_layer(
-        self, path: str, parent: _Frame | None, args: Any, kwargs: Any, result: Any, source: str
+        self,
+        path: str,
+        module: nn.Module,
+        parent: _Frame | None,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        source: str,
     ) -> None:
         layer = self.layers.setdefault(path, Layer(path))
         layer.calls += 1
@@ -238,6 +276,8 @@ class Recorder(TorchFunctionMode):
         first_in = next((x for x in tensor_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
         layer.input_shape = None if first_in is None else tuple(first_in.shape)
         layer.output_kind = type(result).__name__
+        if not torchs_own(module):
+            layer.example = tree_map(_sketch, (args, kwargs))
         watched = result
         if not isinstance(result, torch.Tensor) and isinstance(result, tuple | list) and result:
             watched = result[0]
