@@ -78,7 +78,9 @@ def _sketch(value: object) -> object:
 
 
 def torchs_own(module: nn.Module) -> bool:
-    """Whether what runs for the module is a forward of torch's."""
+    """Whether what runs for the module is a forward of torch's, or compiled by it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     origin = getattr(type(module).forward, "__module__", None) or ""
     return "forward" not in vars(module) and origin.startswith("torch.")
 

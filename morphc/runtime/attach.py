@@ -59,6 +59,9 @@ def attach(
         offset += request.seeds
     holder.training = root.training
     if store.hidden:
+        carrier = next((s for p, s in store.sites.items() if store.requests[p].layer is not root), None)
+        if carrier is not None:
+            carrier.__dict__["carried"] = holder
         root.__dict__[CHILD] = holder
         install_hooks(root)
     else:

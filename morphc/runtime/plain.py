@@ -10,7 +10,7 @@ from morphc.runtime import fastpath
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import RegionForward
 from morphc.runtime.site import FunctionalSites, SeedSite
-from morphc.runtime.store import CHILD, SeedRoot, load_hook, save_hook
+from morphc.runtime.store import CHILD, SeedRoot, load_hook, loaded_hook, save_hook
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         ("_forward_hooks", fastpath.no_fast_path),
         ("_state_dict_hooks", save_hook),
         ("_load_state_dict_pre_hooks", load_hook),
+        ("_load_state_dict_post_hooks", loaded_hook),
     ):
         if any(_is(hook, own) for hook in attributes.get(table, {}).values()):
             attributes[table] = _without(attributes[table], lambda _, hook, own=own: _is(hook, own))

@@ -109,6 +109,9 @@ class SeedSite(nn.Module):
         self.block_input: Tensor | None = None
         # Not a child: the state belongs to the root, and must not be moved or saved once per site.
         self.__dict__["state"] = state
+        # What a hidden root can't have as a child, so that one site, reached by every walk of the tree, takes it along.
+        # One alone: what `to_empty` moves twice loses the values that it got when it left meta.
+        self.__dict__["carried"] = None
 
     if TYPE_CHECKING:
         state: SeedState
@@ -221,8 +224,9 @@ class SeedSite(nn.Module):
         if store is not None and bank is not None and refuses(fn, bank.owner):
             store.leave_meta()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if store is not None and store.hidden and store.carrier is self:
-            self.state._apply(fn)  # the root can't have it as a child
+        carried: nn.Module | None = self.__dict__.get("carried")
+        if carried is not None:
+            carried._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def __repr__(self) -> str:

@@ -99,12 +99,6 @@ class SeedStore:
     def __len__(self) -> int:
         return sum(site.seeds for site in self.sites.values())
 
-    @property
-    def carrier(self) -> SeedSite | None:
-        """The site that takes a hidden root's state along when the model moves: the first. One, for a state that is
-        moved twice by `to_empty` would lose the values that it got when it left meta."""
-        return next(iter(self.sites.values()), None)
-
     def leave_meta(self, fallback: torch.device | None = None) -> None:
         """Give start values to what is still on meta where its layer has left it: a bank beside its layer, the state
         beside the first of them, else on `fallback`.

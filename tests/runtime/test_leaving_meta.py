@@ -241,6 +241,20 @@ def test_casts_leave_the_types_of_the_state_alone(cast, when, road):
     assert morphc.seeds(model)["first"].alpha.tolist() == [0.0, 0.25, 0.0]
 
 
+@pytest.mark.parametrize("make", HOSTS)
+def test_a_move_reaches_everything_once(make):
+    model = morphc.compile(HOSTS[make](), (rows(),), config=CONFIG, share=False)
+    path = next(path for path, site in morphc.seeds(model).sites.items() if site.slots)
+    morphc.seeds(model)[path].assign([1], STATES.GRAFTING, alpha=0.25)
+    model = model.double()
+    sites = store_of(model).sites.values()
+    moments = [value for site in sites for _, bank in site.slots.items() for value in bank.opt.buffers()]
+    assert {value.dtype for value in moments if value.is_floating_point()} == {torch.float64}
+    assert morphc.seeds(model)[path].alpha.tolist() == [0.0, 0.25, 0.0]
+    assert morphc.seeds(model).alpha.dtype == torch.float32
+    assert all(value.is_meta for value in seeds_state(model.to("meta")).values())
+
+
 @pytest.mark.parametrize(
     "by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
