@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from morphc.passes.clone import clone_tree
 from morphc.passes.isolation import KeptParameters
 from morphc.passes.layers import Shape
-from morphc.passes.quiet import own_state, quiet_log, quiet_state, strip_user_hooks
+from morphc.passes.quiet import own_state, quiet_log, quiet_state
 from morphc.passes.recorder import PLAIN, Layer, Sketch
 
 
@@ -55,8 +55,7 @@ class Probe:
     def _growing(self, module: nn.Module, layer: Layer) -> frozenset[int] | None:
         assert layer.output_shape is not None
         clone = clone_tree(module)
-        own_state(clone)
-        strip_user_hooks(clone)
+        own_state(clone, everyones_hooks=False)
         kept = KeptParameters(*([clone] if self.real else []))
         rank, grown, ran = len(layer.output_shape), set(), False
         with ExitStack() as stack:
