@@ -85,7 +85,7 @@ def tasks(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen]) -> Iterator[T
             yield Task(watched, view.rows, (path,))
         for _, bank in site.slots.items():
             spec = _spec(site, bank, y.dtype, view)
-            if spec is None or refusal(spec, bank.geometry) or get(bank.blueprint).tap != "chunk":
+            if refusal(spec, bank.geometry) or get(bank.blueprint).tap != "chunk":
                 continue
             # Only a reconstruction, which `lerp` has, runs the training kernel's forward.
             for kind in ("forward", "backward", *(("train",) if bank.blend == "lerp" else ())):
@@ -111,17 +111,33 @@ def _of_site(site: SeedSite, seen: Seen, target: str) -> list[Job]:
     with collecting(target) as jobs:
         _measure(site, y, view)
         for _, bank in site.slots.items():
-            spec = _spec(site, bank, y.dtype, view)
-            if spec is None or refusal(spec, bank.geometry):
-                continue
-            if get(bank.blueprint).tap == "chunk":
-                _chunk_bank(spec, bank, y, view, axis)
-            elif not tap_join.refuses(spec, bank.geometry, SHARED_LIMITS[target]):
-                _tap_bank(spec, bank, y, view, axis)
+            kernels = _kernels(site, bank, y.dtype, view, target)
+            if isinstance(kernels, BankKernels):
+                _chunk_bank(kernels, bank, y, view, axis)
+            elif kernels is not None:
+                _tap_bank(kernels, bank, y, view, axis)
+            # Parameters are float32, and AdamW walks them whatever the activation's layout is.
+            stepping = _kernels(site, bank, torch.float32, View("last", 1, site.features, 1), target)
+            if stepping is not None:
+                _step(stepping, bank)
     return jobs
 
 
-def _spec(site: SeedSite, bank: SlotBank, dtype: torch.dtype, view: View) -> KernelSpec | None:
+def _kernels(
+    site: SeedSite, bank: SlotBank, dtype: torch.dtype, view: View, target: str
+) -> BankKernels | TapBankKernels | None:
+    """As `morphc.kernels.site.bank_kernels`; None where torch computes the bank."""
+    spec = _spec(site, bank, dtype, view)
+    if refusal(spec, bank.geometry):
+        return None
+    if get(bank.blueprint).tap == "chunk":
+        return BankKernels(spec, META)
+    if tap_join.refuses(spec, bank.geometry, SHARED_LIMITS[target]):
+        return None
+    return TapBankKernels(spec, bank.geometry, META)
+
+
+def _spec(site: SeedSite, bank: SlotBank, dtype: torch.dtype, view: View) -> KernelSpec:
     return spec_of(
         bank.blueprint,
         bank.geometry,
@@ -147,8 +163,7 @@ def _measure(site: SeedSite, y: Tensor, view: View) -> None:
     kernels.merge(cells, sums, counts)
 
 
-def _chunk_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
-    kernels = BankKernels(spec, META)
+def _chunk_bank(kernels: BankKernels, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
     listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
     _list(kernels, bank, listed)
     forward, stash = kernels.forward_of(view).bound(view), kernels.new_stash(view)
@@ -159,11 +174,9 @@ def _chunk_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: i
     like = Like(tuple(y.shape), y.stride(), axis)
     for isolated_only in (False, True):
         kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only)
-    _step(kernels, bank, listed, params)
 
 
-def _tap_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
-    kernels = TapBankKernels(spec, bank.geometry, META)
+def _tap_bank(kernels: TapBankKernels, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
     listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
     _list(kernels, bank, listed)
     tap = torch.empty(view.rows, bank.geometry.tap_features, dtype=y.dtype, device=META)
@@ -183,7 +196,6 @@ def _tap_bank(spec: KernelSpec, bank: SlotBank, y: Tensor, view: View, axis: int
                 None if made is None else stash,
                 wants_tap,
             )
-    _step(kernels, bank, listed, params)
 
 
 def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor) -> None:
@@ -192,9 +204,8 @@ def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor)
     kernels.make_list(owner, lifecycles, torch.empty(seeds, device=META), listed, 0, 0, 0)
 
 
-def _step(
-    kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor, params: list[Tensor]
-) -> None:
+def _step(kernels: BankKernels | TapBankKernels, bank: SlotBank) -> None:
+    listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
     moments = [[torch.empty_like(param) for param in params] for _ in range(2)]
     step = torch.empty(bank.slots, dtype=torch.int64, device=META)
     held = training.Bank(params, moments[0], moments[1], step)
@@ -203,9 +214,3 @@ def _step(
 
 def _on_meta(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach().to(META) for tensor in tensors]
-
-
-def names(found: Iterable[Needed]) -> Iterator[str]:
-    """`forward_bottleneck_h4096_s1024_k64_r16_bf16.forward` of each."""
-    for one in found:
-        yield f"{one.job.source.name}.{one.job.function}"
