@@ -33,7 +33,7 @@ def listing(found: Sequence[Entry], where: str) -> Iterator[str]:
             _archs(entry.archs),
             "untuned" if entry.best_us is None else _time(entry.best_us),
             "" if entry.roofline is None else f"{100 * entry.roofline:.0f}%",
-            f"{entry.registers}/{entry.spills}" if entry.binaries else "-",
+            _registers(entry),
             _size(entry.size),
             _used(now - entry.used),
         )
@@ -76,6 +76,13 @@ def _archs(archs: Sequence[str]) -> str:
     short = [arch.removeprefix("cuda-").removeprefix("hip-") for arch in archs]
     told = ",".join(short)
     return told if len(told) <= 8 else f"{len(archs)} archs"
+
+
+def _registers(entry: Entry) -> str:
+    if not entry.binaries:
+        return "-"
+    spills = entry.spills if entry.spills < 1000 else f"{min(99, entry.spills // 1000)}k"
+    return f"{entry.registers}/{spills}"
 
 
 def _time(us: float) -> str:

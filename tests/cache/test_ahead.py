@@ -62,10 +62,10 @@ def predicted(model: nn.Module, target: str) -> list[Job]:
     return [one.job for one in ahead.needed(store_of(model).sites, seen, target)]
 
 
-def told(job: Job) -> tuple[str, ...]:
+def told(one: Job) -> tuple[str, ...]:
     """What the key of its compiled form is made from."""
-    parts = (job.signature, job.constants, job.options, sorted(job.aligned))
-    return (job.source.key, job.source.name, job.function, *map(str, parts))
+    parts = (one.signature, one.constants, one.options, sorted(one.aligned))
+    return (one.source.key, one.source.name, one.function, *map(str, parts))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_whatever_the_runtime_asks_for_was_predicted(
 ) -> None:
     """The model runs on the CPU, whose kernels are collected as if it were the target, and launch nothing."""
     model, x = compiled(host, blueprint, dtype)
-    expected = {told(job) for job in predicted(model, target)}
+    expected = {told(one) for one in predicted(model, target)}
     monkeypatch.setattr(launch, "collected_target", lambda device: target)
     monkeypatch.setattr(backend, "_unavailable", lambda *device: "")
     seeds = morphc.seeds(model)
@@ -110,10 +110,10 @@ def test_whatever_the_runtime_asks_for_was_predicted(
             with torch.no_grad():
                 model(x)
         store_of(model).state.settle()
-    assert {job.source.spec.kind for job in asked} >= {"telemetry", "active_list"}
-    assert len({job.source.spec.kind for job in asked}) >= 4
-    for job in asked:
-        assert told(job) in expected, (job.source.name, job.function, job.constants, job.options, job.aligned)
+    assert {one.source.spec.kind for one in asked} >= {"telemetry", "active_list"}
+    assert len({one.source.spec.kind for one in asked}) >= 4
+    for one in asked:
+        assert told(one) in expected, (one.source.name, one.function, one.constants, one.options, one.aligned)
 
 
 def test_equal_layers_share_their_kernels() -> None:
