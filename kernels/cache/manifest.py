@@ -103,6 +103,44 @@ _decoder = msgspec.json.Decoder(Manifest)
 _provenance_decoder = msgspec.json.Decoder(Provenance)
 
 
+class Glance(msgspec.Struct):
+    """As much of a manifest as a list of many shows."""
+
+    schema: int
+    key: str
+    files: dict[str, FileSum]
+    details: dict[str, Any]
+
+
+def glance(folder: str) -> tuple[Glance, float]:
+    """A manifest read without looking at its checksum, and when it was last used. Raises like `read`."""
+    try:
+        data, used = place.read_with_time(f"{folder}/{NAME}", _MOST)
+        return _glance_decoder.decode(data), used
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{NAME} is missing") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{NAME} is damaged: {error}") from error
+
+
+class _Layers(msgspec.Struct):
+    layers: tuple[str, ...]
+
+
+def layers(folder: str) -> tuple[str, ...]:
+    """The layers of an entry, read without looking at the checksum. Raises DamagedError."""
+    try:
+        return _layers_decoder.decode(place.read(f"{folder}/{PROVENANCE}", _MOST)).layers
+    except FileNotFoundError as error:
+        raise DamagedError(f"{PROVENANCE} is missing") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{PROVENANCE} is damaged: {error}") from error
+
+
+_glance_decoder = msgspec.json.Decoder(Glance)
+_layers_decoder = msgspec.json.Decoder(_Layers)
+
+
 def verify(folder: Path, kind: str) -> Manifest:
     """A folder whose every file is what was put there. Raises like `read`."""
     # A name that leads elsewhere would be read through.
