@@ -33,7 +33,7 @@ def test_a_model_is_tuned_once_and_later_compiles_use_it() -> None:
     for one in found.outcomes:
         assert one.us is not None, one.problem
         assert 0 < one.us <= (one.guess_us or one.us)
-        assert one.timed > 1
+        assert one.timed >= 1
     again = morphc.tune(model)
     assert not any(one.timed for one in again.outcomes)
     assert again.configs == found.configs
