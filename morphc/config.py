@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_type_hints
 
 import msgspec
@@ -12,6 +13,23 @@ SCHEMA_VERSION = 1
 KINDS = ("linear", "conv", "norm", "embedding", "attention", "rnn")
 BLENDS = ("residual", "lerp", "multiply", "gate")
 BACKENDS = ("auto", "torch", "triton")
+ISOLATIONS = ("straight_through", "reconstruction")
+CURVES = ("linear", "cosine", "sigmoid")
+_BOUNDS = (
+    "max_reconstruction_loss",
+    "min_isolated_improvement",
+    "min_contribution",
+    "min_stability",
+    "cull_contribution",
+    "cull_error_rate",
+    "min_improvement",
+    "min_final_stability",
+    "max_drift",
+    "min_gradient",
+    "max_gradient",
+    "rollback_sigma",
+    "max_metric_drop",
+)
 
 
 class _NamesItsFields(msgspec.StructMeta):
@@ -43,6 +61,18 @@ class Config(
     seed_lr: factor on the learning rate of the user's first parameter group.
     backend: `torch`, `triton` or `auto`.
     max_overhead: bound of a site's predicted cost over its host layer's, for `seeds_per_layer="auto"`.
+
+    isolation: how a seed learns while the host doesn't see it: `straight_through` (from the task's gradient) or
+        `reconstruction` (to give its chunk back; only with blend `lerp`).
+    isolation_every: measure a learning seed on every n-th training forward.
+    graft_ticks, graft_curve: length of a ramp of alpha, and its form: `linear`, `cosine` or `sigmoid`.
+    graft_patience: ticks that a graft may be paused in all before it is given up.
+    minimum_ticks: ticks in TRAINING, GRAFTING, STABILIZATION, EVALUATING, FINE_TUNING before a seed may leave.
+    embargo_ticks: ticks after a cull or a rollback before the seed may germinate again.
+    max_reconstruction_loss ... max_drift, min_gradient, max_gradient: bounds of gates and of grafts, see
+        docs/lifecycle.md.
+    rollback_sigma, rollback_times, max_metric_drop: what rolls a graft back, see docs/growing.md.
+    score_weights: of dead fraction, low variance, correlation, gradient norm and saliency in a seed's score.
     """
 
     seeds_per_layer: int | dict[str, int] | Literal["auto"] = "auto"
@@ -59,6 +89,29 @@ class Config(
     seed_lr: float = 1.0
     backend: str = "auto"
     max_overhead: float = 0.02
+    isolation: str = "straight_through"
+    isolation_every: int = 4
+    graft_ticks: int = 30
+    graft_curve: str = "linear"
+    graft_patience: int = 200
+    minimum_ticks: tuple[int, int, int, int, int] = (100, 50, 20, 30, 50)
+    embargo_ticks: int = 100
+    max_reconstruction_loss: float = 0.01
+    min_isolated_improvement: float = 0.005
+    min_contribution: float = 0.0
+    min_stability: float = 0.8
+    cull_contribution: float = -0.05
+    cull_error_rate: float = 0.1
+    cull_errors: int = 5
+    min_improvement: float = 0.01
+    min_final_stability: float = 0.95
+    max_drift: float = 0.12
+    min_gradient: float = 0.1
+    max_gradient: float = 1.0
+    rollback_sigma: float = 6.0
+    rollback_times: int = 3
+    max_metric_drop: float = 0.2
+    score_weights: tuple[float, float, float, float, float] = (1.0, 0.5, 0.5, 1.0, 1.0)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -94,8 +147,37 @@ class Config(
             raise UnknownNameError("blend", self.blend, BLENDS)
         if self.backend not in BACKENDS:
             raise UnknownNameError("backend", self.backend, BACKENDS)
+        if self.isolation not in ISOLATIONS:
+            raise UnknownNameError("isolation", self.isolation, ISOLATIONS)
+        if self.graft_curve not in CURVES:
+            raise UnknownNameError("graft_curve", self.graft_curve, CURVES)
+        if self.isolation == "reconstruction" and self.blend != "lerp":
+            raise ConfigError(
+                f'isolation="reconstruction" with blend={self.blend!r}: a seed that has learned to give its chunk '
+                'back would double it; use blend="lerp", or isolation="straight_through"'
+            )
+        self._check_lifecycle()
         if not self.blueprints:
             raise ConfigError("blueprint=() names none; name at least one")
+
+    def _check_lifecycle(self) -> None:
+        for option in ("isolation_every", "graft_ticks", "rollback_times"):
+            _at_least(option, getattr(self, option), 1, "give 1 or more")
+        for option in ("graft_patience", "embargo_ticks", "cull_errors"):
+            _at_least(option, getattr(self, option), 0, "give 0 or more")
+        for ticks in self.minimum_ticks:
+            _at_least("minimum_ticks", ticks, 0, "give 0 or more for each of the five states")
+        for option in _BOUNDS:
+            value = getattr(self, option)
+            if not math.isfinite(value):
+                raise ConfigError(f"{option}={value!r} is no bound; give a finite number")
+        if self.rollback_sigma <= 0 or self.max_metric_drop <= 0:
+            raise ConfigError(
+                f"rollback_sigma={self.rollback_sigma!r} and max_metric_drop={self.max_metric_drop!r} "
+                "must be above 0"
+            )
+        if not all(0.0 <= weight < math.inf for weight in self.score_weights):
+            raise ConfigError(f"score_weights={self.score_weights!r} must be finite and not negative")
 
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))

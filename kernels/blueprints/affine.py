@@ -29,5 +29,8 @@ class Affine(Blueprint):
     def apply(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         return x * params["scale"].unsqueeze(1) + params["shift"].unsqueeze(1)
 
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        return ("scale", "shift")
+
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         return 2 * geometry.chunk * rows

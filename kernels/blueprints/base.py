@@ -101,6 +101,26 @@ class Blueprint(ABC):
     def apply(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """The plain-torch reference: differentiable, for all slots at once."""
 
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        """The parameters in which the result is linear, and which are zero at birth; () where there are none.
+
+        At a graft they get the size that lowers the loss most. Where `has_basis`, the first is what `basis` is
+        multiplied with.
+        """
+        return ()
+
+    def has_basis(self, geometry: Geometry) -> bool:
+        """Whether the result is `basis @ params[outs[0]]`, [K, rows, R] by [K, R, C], plus what the other outs add."""
+        return False
+
+    def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """[K, rows, R]: what the first of `outs` multiplies."""
+        raise NotImplementedError(f"blueprint {self.name!r} has no basis")
+
+    def is_homogeneous(self, geometry: Geometry) -> bool:
+        """Whether `in_*` may be scaled up and `outs` down by one positive factor without changing the result."""
+        return False
+
     @abstractmethod
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         """Multiply-adds counted twice, of one slot's forward, in the number of rows."""

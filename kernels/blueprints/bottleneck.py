@@ -36,9 +36,18 @@ class Bottleneck(Blueprint):
         return params
 
     def apply(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        hidden = torch.baddbmm(params["in_bias"].unsqueeze(1), x, params["in_weight"])
-        hidden = F.gelu(hidden, approximate="tanh")
+        hidden = self.basis(x, params, geometry)
         return torch.baddbmm(params["out_bias"].unsqueeze(1), hidden, params["out_weight"])
+
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        return ("out_weight", "out_bias")
+
+    def has_basis(self, geometry: Geometry) -> bool:
+        return True
+
+    def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        hidden = torch.baddbmm(params["in_bias"].unsqueeze(1), x, params["in_weight"])
+        return F.gelu(hidden, approximate="tanh")
 
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         return 4 * geometry.chunk * geometry.rank * rows

@@ -52,5 +52,8 @@ class Depthwise(Blueprint):
         )
         return split(out, 1, slots, chunk).movedim(1, 0)
 
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        return ("weight", "bias")
+
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         return 2 * geometry.chunk * KERNEL**geometry.spatial * rows

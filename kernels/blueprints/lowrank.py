@@ -55,11 +55,22 @@ class LowRank(Blueprint):
         into, out = params["in_weight"], params["out_weight"]
         slots = into.shape[0]
         if geometry.layer_conv is None:
-            hidden = torch.matmul(x, into)
-            return torch.bmm(hidden, out)
+            return torch.bmm(self.basis(x, params, geometry), out)
         hidden = convolve(x, into.flatten(0, 1), None, geometry.layer_conv)
         hidden = split(hidden, 1, slots, geometry.rank)
         return torch.einsum("nkr...,krc->knc...", hidden, out)
+
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        return ("out_weight",)
+
+    def has_basis(self, geometry: Geometry) -> bool:
+        return geometry.layer_conv is None
+
+    def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        return torch.matmul(x, params["in_weight"])
+
+    def is_homogeneous(self, geometry: Geometry) -> bool:
+        return True
 
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         return (

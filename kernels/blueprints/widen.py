@@ -72,13 +72,24 @@ class Widen(Blueprint):
                 act(hidden), params["out_weight"].flatten(0, 1), None, geometry.block_out, groups=slots
             )
             return split(out, 1, slots, geometry.chunk).movedim(1, 0)
+        return torch.bmm(self.basis(x, params, geometry), params["out_weight"])
+
+    def outs(self, geometry: Geometry) -> tuple[str, ...]:
+        return ("out_weight",)
+
+    def has_basis(self, geometry: Geometry) -> bool:
+        return geometry.block_in is None
+
+    def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        act = activation(geometry.activation)
         hidden = torch.matmul(x, params["in_weight"]) + params["in_bias"].unsqueeze(1)
-        if geometry.gated:
-            gate = torch.matmul(x, params["gate_in_weight"]) + params["gate_in_bias"].unsqueeze(1)
-            hidden = act(gate) * hidden
-        else:
-            hidden = act(hidden)
-        return torch.bmm(hidden, params["out_weight"])
+        if not geometry.gated:
+            return act(hidden)
+        gate = torch.matmul(x, params["gate_in_weight"]) + params["gate_in_bias"].unsqueeze(1)
+        return act(gate) * hidden
+
+    def is_homogeneous(self, geometry: Geometry) -> bool:
+        return geometry.gated or geometry.activation in ("relu", "leaky_relu", "identity")
 
     def flops(self, geometry: Geometry, rows: sympy.Expr) -> sympy.Expr:
         branches = 2 if geometry.gated else 1

@@ -36,9 +36,12 @@ class Slots(NamedTuple):
     trains: Tensor
 
 
-def describe(owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int, seeds: int = 0) -> Slots:
+def describe(
+    owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int, seeds: int = 0, isolated: int = ISOLATED
+) -> Slots:
     """owner: [K] seed of the site or -1; lifecycle, alpha: [S], the site's rows.
 
+    isolated: the set of states whose slots get the task's gradient apart from the host.
     seeds: S, where `lifecycle.shape` is no number: `torch.jit.trace` makes a tensor of it.
     """
     seeds = seeds or lifecycle.shape[0]
@@ -55,7 +58,7 @@ def describe(owner: Tensor, lifecycle: Tensor, alpha: Tensor, features: int, see
         inside=inside,
         alpha=torch.where(blends, strength, 0),
         blends=blends,
-        isolated=held & among(state, ISOLATED),
+        isolated=held & among(state, isolated),
         trains=held & among(state, TRAINS),
     )
 
@@ -116,6 +119,11 @@ def per_slot(mask: Tensor, like_tensor: Tensor) -> Tensor:
 def jit_traced() -> bool:
     """Whether `torch.jit.trace` is at work."""
     return torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """Whether a compiler or a transform of functorch is at work: neither takes a hook of Python."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def slots_learn() -> bool:
@@ -197,7 +205,7 @@ def through_bank(
         if tap is None:
             s = _from_chunk(x, trained, slots, blueprint, geometry)
         else:
-            tap = _arrange(tap.to(compute), blueprint, geometry)
+            tap = arrange(tap.to(compute), blueprint, geometry)
             s = _from_tap(tap, trained, slots, blueprint, geometry, isolated_only)
         if not isolated_only:
             live = per_slot(slots.blends, x)
@@ -239,7 +247,8 @@ def _from_tap(
     return torch.where(per_slot(slots.isolated, s), blueprint.apply(tap.detach(), apart, geometry), s)
 
 
-def _arrange(tap: Tensor, blueprint: Blueprint, geometry: Geometry) -> Tensor:
+def arrange(tap: Tensor, blueprint: Blueprint, geometry: Geometry) -> Tensor:
+    """A layer's or a block's input as its blueprint reads it."""
     if not geometry.spatial:
         if tap.shape[-1] != geometry.tap_features:
             raise SeedError(

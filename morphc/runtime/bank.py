@@ -174,6 +174,11 @@ class SlotBank(nn.Module):
         self.owner[slot] = seed
 
     @torch.no_grad()
+    def forget_moments(self, slot: int) -> None:
+        """Let a slot's AdamW begin anew."""
+        self._clear(slot)
+
+    @torch.no_grad()
     def free(self, slot: int) -> None:
         """Take `slot` back; nothing of its last owner stays in it."""
         for name in self.names:
@@ -275,6 +280,7 @@ def _rebind(bank: nn.Module, incompatible: Any) -> None:
     bank._bind(bank.grads())
 
 
-def draw_of(path: str, blueprint: str, seed: int, transition: int) -> int:
+def draw_of(path: str, blueprint: str, seed: int, transition: int, candidate: int = 0) -> int:
     """Seed for one germination's draw: the same run draws the same numbers, also when resumed."""
-    return zlib.crc32(f"{path}/{blueprint}/{seed}/{transition}".encode())
+    text = f"{path}/{blueprint}/{seed}/{transition}"
+    return zlib.crc32((f"{text}/{candidate}" if candidate else text).encode())

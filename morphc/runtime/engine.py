@@ -15,7 +15,7 @@ from morphc.kernels.active import stash_shape
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.ops import SiteSpec
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
-from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+from morphc.lifecycle import BLENDS, TRAINS
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 
@@ -100,7 +100,7 @@ class Engine:
             if lifecycle.device != device:
                 lifecycle = lifecycle.to(device, non_blocking=True)
                 alpha = alpha.to(device, non_blocking=True)
-            kernels.make_list(owner, lifecycle, alpha, found.active, BLENDS, ISOLATED, TRAINS)
+            kernels.make_list(owner, lifecycle, alpha, found.active, BLENDS, site.isolated_states, TRAINS)
             # A backward that still waits for the list as it was must not read this one in its place.
             torch.autograd.graph.increment_version(found.active)
             found.versions, found.made_from = versions, sources
@@ -368,7 +368,7 @@ def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
         bank.slots,
         site.feature_axis,
         BLENDS,
-        ISOLATED,
+        site.isolated_states,
         TRAINS,
     )
 

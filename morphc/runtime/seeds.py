@@ -13,10 +13,14 @@ from morphc.errors import MorphcError, SeedError, did_you_mean
 from morphc.kernels.reference.chunks import bounds
 from morphc.kernels.reference.health import HEALTH
 from morphc.kernels.reference.lifecycle import HISTORY
-from morphc.lifecycle import TABLE, Lifecycle, Mode, mode_of
-from morphc.runtime.bank import SlotBank, draw_of
+from morphc.lifecycle import Lifecycle, Mode
+from morphc.runtime import commands, moves, recycling, ticking
+from morphc.runtime.bank import SlotBank
+from morphc.runtime.commands import Metrics, Transition
 from morphc.runtime.site import SeedSite
 from morphc.runtime.store import SeedStore, store_of
+
+Indices = int | Sequence[int] | Tensor
 
 
 class Entry(NamedTuple):
@@ -25,12 +29,6 @@ class Entry(NamedTuple):
     tick: int
     source: Lifecycle
     target: Lifecycle
-
-
-class _Move(NamedTuple):
-    bank: str | None
-    slot: int
-    keep: bool
 
 
 class SiteHandle:
@@ -101,9 +99,67 @@ class SiteHandle:
         """The banks by blueprint."""
         return MappingProxyType(dict(self.site.slots.items()))
 
+    def germinate(
+        self,
+        indices: Indices,
+        blueprint: str | None = None,
+        graft: str = "fixed_ramp",
+        candidates: int = 1,
+        curve: str | None = None,
+    ) -> list[Transition]:
+        """Give dormant seeds a slot each and let them begin: at the next tick they train in isolation.
+
+        blueprint: one that the site has a bank of (None: its first). graft: a strategy of docs/grafts.md.
+        candidates: slots that learn side by side for each seed; the graft keeps the one which lowers the loss
+        most. curve: of alpha, None for `Config.graft_curve`.
+        """
+        return commands.germinate(
+            self._store, self.site, self._checked(indices), blueprint, graft, candidates, curve
+        )
+
+    def advance(
+        self,
+        indices: Indices,
+        to: Lifecycle | int,
+        metrics: Metrics | Sequence[Metrics] | None = None,
+    ) -> list[Transition]:
+        """Move seeds to `to`, if table, embargo, minimum ticks and gates let them.
+
+        metrics: what the gates of the move look at besides what morphc measures itself (docs/lifecycle.md), for all
+        seeds or one mapping each; it goes before what morphc has measured.
+        """
+        return commands.advance(self._store, self.site, self._checked(indices), _state(to), metrics)
+
+    def cancel(self, indices: Indices) -> list[Transition]:
+        """Give up before anything was grafted: GERMINATED or TRAINING -> CANCELLED. The slots are free again."""
+        return self._ungated(indices, Lifecycle.CANCELLED)
+
+    def prune(self, indices: Indices) -> list[Transition]:
+        """Take seeds out of the host, fossilized ones too: -> CULLED, with an embargo. No gate is asked."""
+        return self._ungated(indices, Lifecycle.CULLED)
+
+    def rollback(self, indices: Indices) -> list[Transition]:
+        """Abort at once, whatever the age: -> ROLLED_BACK, an error more, an embargo. The host isn't restored."""
+        return self._ungated(indices, Lifecycle.ROLLED_BACK)
+
+    def reset(self, indices: Indices) -> list[Transition]:
+        """CULLED, CANCELLED or ROLLED_BACK -> DORMANT. A rolled-back seed's embargo goes on."""
+        return self._ungated(indices, Lifecycle.DORMANT)
+
+    def recycle(self, indices: Indices, optimizer: torch.optim.Optimizer | None = None) -> list[Transition]:
+        """Re-initialise the host's own units of dormant seeds: incoming weights fresh, outgoing zero.
+
+        It needs the layer that reads these units, so the site has to be the inner layer of a block. With the host's
+        optimizer, what it remembers of their rows and columns is cleared. `Grower.recycle` also takes a snapshot.
+        """
+        return recycling.recycle(self._store, self.site, self._checked(indices), optimizer)
+
+    def _ungated(self, indices: Indices, to: Lifecycle) -> list[Transition]:
+        return commands.advance(self._store, self.site, self._checked(indices), to, gated=False)
+
     def assign(
         self,
-        indices: int | Sequence[int] | Tensor,
+        indices: Indices,
         state: Lifecycle | int,
         *,
         blueprint: str | None = None,
@@ -120,106 +176,18 @@ class SiteHandle:
         target = _state(state)
         if alpha is not None and not 0.0 <= float(alpha) <= 1.0:
             raise SeedError(f"alpha={alpha!r} is not between 0 and 1")
-        arrays = self._store.live()
-        moves = self._plan(chosen, target, blueprint)
-        draws = arrays.transitions[self.rows].tolist()
-        numbers = {}
-        for seed, move in moves.items():
+        planned = moves.plan(self._store, self.site, chosen, target, blueprint)
+        draws = self._store.live().transitions[self.rows].tolist()
+        numbers = []
+        for seed, move in planned.items():
             if not move.keep:
-                self._release(seed)
+                moves.release(self.site, seed)
             if move.bank is not None and not move.keep:
-                bank = self.slots[move.bank]
-                bank.take(move.slot, seed, draw_of(self.site.path, move.bank, seed, draws[seed]))
-            numbers[seed] = self._number(move)
-        self._record(chosen, target, alpha, [numbers[seed] for seed in chosen])
-        states = {Lifecycle(value) for value in self.lifecycle.tolist()}
-        self._store.set_mode(self.site, mode_of(states))
+                moves.take(self.site, move.bank, move.slot, seed, draws[seed])
+            numbers.append(-1 if move.bank is None else moves.number_of(self.site, move.bank, move.slot))
+        moves.record(self._store, self.site, chosen, target, alpha=alpha, numbers=numbers)
 
-    def _plan(self, chosen: list[int], target: Lifecycle, blueprint: str | None) -> dict[int, _Move]:
-        """Which slot each seed will hold; refuses before anything is changed."""
-        banks = self.slots
-        if blueprint is not None and blueprint not in banks:
-            self._refuse(blueprint)
-        if not TABLE[target].holds_slot:
-            return {seed: _Move(None, -1, False) for seed in chosen}
-        if not banks:
-            self._refuse(None)
-        if any(bank.on_meta for bank in banks.values()):
-            self._store.leave_meta()
-            if any(bank.on_meta for bank in banks.values()):
-                raise SeedError(
-                    f"the layer of site {self.site.path!r} is on the meta device and so are its slots; "
-                    "give it values first: model.to_empty(device=...), or load_state_dict(..., assign=True)"
-                )
-        held = self._store.state.slot[self.rows].tolist()
-        owners = {name: bank.owner.tolist() for name, bank in banks.items()}
-        free = {name: [slot for slot, owner in enumerate(own) if owner < 0] for name, own in owners.items()}
-        names = list(banks)
-        moves = {}
-        for seed in chosen:
-            number = held[seed]
-            own = names[number // banks[names[0]].slots] if number >= 0 else None
-            wanted = blueprint or own or names[0]
-            if own == wanted:
-                moves[seed] = _Move(wanted, number % banks[wanted].slots, True)
-                continue
-            if not free[wanted]:
-                taken = len(owners[wanted])
-                raise SeedError(
-                    f"no free slot of {wanted!r} at {self.site.path!r} for seed {seed}: {len(chosen)} asked, "
-                    f"{taken} slots in all; free some, or make more with morphc.enlarge(model, slots=...)"
-                )
-            moves[seed] = _Move(wanted, free[wanted].pop(0), False)
-        return moves
-
-    def _refuse(self, blueprint: str | None) -> None:
-        here = ", ".join(self.slots) or "none"
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.site.refusals.items())
-        if blueprint is None:
-            raise SeedError(f"site {self.site.path!r} has no bank to take a slot from ({reasons})")
-        if blueprint in self.site.refusals:
-            why = self.site.refusals[blueprint]
-            raise SeedError(f"blueprint {blueprint!r} can't be used at {self.site.path!r}: {why}")
-        raise SeedError(
-            f"blueprint {blueprint!r} has no bank at {self.site.path!r} (there: {here});"
-            f"{did_you_mean(blueprint, self.slots)} Banks are made at compile, "
-            f"for Config(blueprint=...): compile again with {blueprint!r} among them"
-        )
-
-    def _release(self, seed: int) -> None:
-        for bank in self.slots.values():
-            for slot, owner in enumerate(bank.owner.tolist()):
-                if owner == seed:
-                    bank.free(slot)
-
-    def _number(self, move: _Move) -> int:
-        if move.bank is None:
-            return -1
-        names = list(self.slots)
-        return names.index(move.bank) * self.slots[move.bank].slots + move.slot
-
-    @torch.no_grad()
-    def _record(self, chosen: list[int], target: Lifecycle, alpha: float | None, numbers: list[int]) -> None:
-        arrays = self._store.state
-        device = arrays.lifecycle.device
-        rows = torch.tensor(chosen, dtype=torch.int64, device=device) + self.site.offset
-        before = arrays.lifecycle[rows]
-        place = (arrays.transitions[rows] % HISTORY).long()
-        tick = arrays.tick.to(torch.int32).expand(len(chosen))
-        arrays.history[rows, place] = torch.stack((tick, before, torch.full_like(before, int(target))), 1)
-        arrays.transitions[rows] += 1
-        arrays.parent_state[rows] = before
-        arrays.lifecycle[rows] = int(target)
-        arrays.ticks_in_state[rows] = 0
-        arrays.slot[rows] = torch.tensor(numbers, dtype=torch.int32, device=device)
-        if TABLE[target].forward != "blend":
-            arrays.alpha[rows] = 0.0 if alpha is None else alpha
-        elif alpha is not None:
-            arrays.alpha[rows] = alpha
-        elif target is not Lifecycle.GRAFTING:
-            arrays.alpha[rows] = 1.0
-
-    def _checked(self, indices: int | Sequence[int] | Tensor) -> list[int]:
+    def _checked(self, indices: Indices) -> list[int]:
         raw = indices.tolist() if isinstance(indices, Tensor) else indices
         listed = [raw] if isinstance(raw, int) else list(raw)
         for index in listed:
@@ -282,6 +250,18 @@ class Seeds:
     def history(self, path: str, index: int) -> list[Entry]:
         """The last ten transitions of one seed, oldest first."""
         return self[path].history(index)
+
+    def tick(
+        self,
+        metrics: Metrics | None = None,
+        per_seed: Mapping[tuple[str, int], Metrics] | None = None,
+    ) -> list[Transition]:
+        """One lifecycle step of every seed: they age, ramps rise, embargoes run down, and who may move on does.
+
+        metrics: what gates look at, for all seeds; per_seed: for single ones, by (path, index). Returns the moves
+        made, and for seeds that are old enough which gate holds them up. One launch and one copy back.
+        """
+        return ticking.run(self._store, ticking.decide(self._store, metrics, per_seed))
 
     def step_optimizer(self, **options: Any) -> None:
         """One AdamW step of the slots that train, from the gradients in the banks."""

@@ -11,8 +11,8 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from morphc.errors import SeedError
-from morphc.lifecycle import Mode
-from morphc.runtime import active, engine
+from morphc.lifecycle import ISOLATED, Mode
+from morphc.runtime import active, engine, isolation
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.devicegauge import DeviceGauge
@@ -107,6 +107,7 @@ class SeedSite(nn.Module):
         self.op_specs: dict[str, str] = {}
         self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.block_input: Tensor | None = None
+        self.fitting: isolation.Fitting | None = None
         # Not a child: the state belongs to the root, and must not be moved or saved once per site.
         self.__dict__["state"] = state
         # What a hidden root can't have as a child, so that one site, reached by every walk of the tree, takes it along.
@@ -155,6 +156,25 @@ class SeedSite(nn.Module):
         owned: nobody but the caller holds `y`, which may then be written in place. early: nothing was launched on
         the stream since this site measured `y`.
         """
+        if self.fitting is not None and self.training and active.slots_learn() and not active.transformed():
+            return self._learn(self.fitting, y, layer_input, owned)
+        return self._join(y, layer_input, owned, early)
+
+    def _learn(
+        self, fitting: isolation.Fitting, y: Tensor, layer_input: Tensor | None, owned: bool
+    ) -> Tensor:
+        """`join` in training, with a look at the seeds that learn in isolation."""
+        hooks = isolation.watch(self, fitting, y, layer_input)
+        out = self._join(y, layer_input, owned, False)
+        if hooks and isinstance(out, Tensor) and out.requires_grad:
+            for hook in hooks:
+                out.register_hook(hook)  # type: ignore[no-untyped-call]
+        return out
+
+    def _join(self, y: Tensor, layer_input: Tensor | None, owned: bool, early: bool) -> Tensor:
+        if self.mode is Mode.TRAINING and not isolation.straight(self):
+            self.block_input = None
+            return y
         if not is_compiling() and type(y) is Tensor:
             ready = self.engine.ready.get(y.shape)
             if ready is not None and ready.holds(self, y):
@@ -191,7 +211,9 @@ class SeedSite(nn.Module):
                 y,
                 tap,
                 bank.leaves(),
-                active.describe(self.owner_of(bank), *described, self.features, self.seeds),
+                active.describe(
+                    self.owner_of(bank), *described, self.features, self.seeds, self.isolated_states
+                ),
                 kind,
                 bank.geometry,
                 bank.blend,
@@ -199,6 +221,11 @@ class SeedSite(nn.Module):
                 isolated_only=isolated_only,
             )
         return out
+
+    @property
+    def isolated_states(self) -> int:
+        """The set of states whose slots get the task's gradient apart from the host."""
+        return ISOLATED if isolation.straight(self) else 0
 
     def _states_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lifecycle and alpha [S] of the site's seeds, on `device`."""

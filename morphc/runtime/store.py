@@ -11,10 +11,12 @@ from torch import nn
 
 from morphc.config import Config
 from morphc.errors import NotMorphedError, SeedError
+from morphc.kernels.lifecycle import Ticker
 from morphc.lifecycle import Lifecycle, Mode, mode_of
-from morphc.runtime import engine, fastpath
+from morphc.runtime import engine, fastpath, isolation
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.meta import device_of, leave
+from morphc.runtime.mirror import Mirror, read
 from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
 from morphc.runtime.state import SeedState
@@ -95,6 +97,16 @@ class SeedStore:
         self.fast_paths: dict[str, list[nn.Module]] = {}
         # What compile said of the model; the runtime keeps it and looks at nothing in it.
         self.report: Any = None
+        self.mirrored: Mirror | None = None
+        self.ticker: Ticker | None = None
+        # What a refit at a graft goes by: the host's loss, and the part of it that one seed is to take.
+        self.loss: float | None = None
+        self.graft_share = 1.0
+
+    def mirror(self) -> Mirror:
+        """The states on the host: one copy from the device if any has changed since the last."""
+        self.mirrored = read(self.live(), self.mirrored)
+        return self.mirrored
 
     def __len__(self) -> int:
         return sum(site.seeds for site in self.sites.values())
@@ -136,12 +148,17 @@ class SeedStore:
             inside = [other for other in self.sites.values() if owner in self.fast_paths.get(other.path, ())]
             fastpath.switch(owner, any(other.mode is not Mode.DORMANT for other in inside))
 
+    def follow(self, site: SeedSite, states: set[Lifecycle]) -> None:
+        """Let the site do what its seeds' states ask for."""
+        self.set_mode(site, mode_of(states))
+        isolation.follow(self, site, states)
+
     def refresh_modes(self) -> None:
         """Set every site's mode from the states. Reads the device: for commands, never for a step."""
         states = self.state.lifecycle.tolist() if not self.state.on_meta else [0] * len(self)
         for site in self.sites.values():
             found = {Lifecycle(state) for state in states[site.offset : site.offset + site.seeds]}
-            self.set_mode(site, mode_of(found))
+            self.follow(site, found)
 
     @torch.no_grad()
     def enlarge(self, slots: int) -> dict[str, int]:
