@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from morphc.checkpoint import load, save
     from morphc.config import Config
     from morphc.folding import fold
+    from morphc.grow.controllers import (
+        CallbackController,
+        PlateauController,
+        RecycleController,
+        ScheduleController,
+    )
+    from morphc.grow.grower import Grower
+    from morphc.grow.snapshot import Snapshot
     from morphc.lifecycle import Lifecycle
     from morphc.passes.plan import Plan
     from morphc.reporting import Report
@@ -22,10 +30,16 @@ if TYPE_CHECKING:
     from morphc.version import __version__
 
 __all__ = [
+    "CallbackController",
     "Config",
+    "Grower",
     "Lifecycle",
     "Plan",
+    "PlateauController",
+    "RecycleController",
     "Report",
+    "ScheduleController",
+    "Snapshot",
     "__version__",
     "cache",
     "compile",
@@ -41,10 +55,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "CallbackController": "morphc.grow.controllers",
     "Config": "morphc.config",
+    "Grower": "morphc.grow.grower",
     "Lifecycle": "morphc.lifecycle",
     "Plan": "morphc.passes.plan",
+    "PlateauController": "morphc.grow.controllers",
+    "RecycleController": "morphc.grow.controllers",
     "Report": "morphc.reporting",
+    "ScheduleController": "morphc.grow.controllers",
+    "Snapshot": "morphc.grow.snapshot",
     "__version__": "morphc.version",
     "cache": "morphc.caching",
     "compile": "morphc.api",

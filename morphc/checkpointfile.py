@@ -66,22 +66,22 @@ def write(directory: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str
     _check_replaceable(directory, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _sibling(target) as fresh:
+        with sibling(target) as fresh:
             weights = fresh / WEIGHTS
             save_file(dict(tensors), weights, metadata={"format": "pt"})
             manifest = Manifest(
                 format="morphc checkpoint",
                 schema_version=SCHEMA_VERSION,
                 morphc_version=__version__,
-                weights=Weights(WEIGHTS, weights.stat().st_size, _sha256(weights)),
+                weights=Weights(WEIGHTS, weights.stat().st_size, sha256_of(weights)),
                 tied=dict(tied),
                 plan=plan,
             )
             encoded = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
             (fresh / MANIFEST).write_bytes(encoded + b"\n")
             for path in (weights, fresh / MANIFEST):
-                _sync(path)
-            _publish(fresh, target)
+                sync(path)
+            publish(fresh, target)
     except OSError as error:
         raise CheckpointError(f"{directory} can't be written: {error}") from error
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def _is_manifest(path: Path) -> bool:
 
 
 @contextmanager
-def _sibling(target: Path) -> Iterator[Path]:
+def sibling(target: Path) -> Iterator[Path]:
     """A new directory beside `target`, gone again unless it was renamed."""
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     fresh.mkdir()
@@ -121,7 +121,7 @@ def _sibling(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _publish(fresh: Path, target: Path) -> None:
+def publish(fresh: Path, target: Path) -> None:
     if not target.exists():
         fresh.rename(target)
         return
@@ -136,12 +136,12 @@ def _publish(fresh: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -204,7 +204,7 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
                 f"{path} is {'truncated' if size < weights.bytes else 'longer than it was'}: {size} bytes, "
                 f"weights.bytes in {MANIFEST} says {weights.bytes}; copy it again"
             )
-        if _sha256(path) != weights.sha256:
+        if sha256_of(path) != weights.sha256:
             raise CheckpointError(
                 f"{path} is damaged: its sha256 isn't weights.sha256 of {MANIFEST}; copy it again"
             )

@@ -195,6 +195,19 @@ class SlotBank(nn.Module):
         self.opt.step[slot] = 0
 
     @torch.no_grad()
+    def clean_grads(self, scale: Tensor | None = None) -> Tensor:
+        """Divide the gradients by `scale`, and clear those of slots where one isn't finite; [K], where all were."""
+        finite = torch.ones(self.slots, dtype=torch.bool, device=self.owner.device)
+        grads = [grad for grad in self.grads().values() if grad is not None]
+        for grad in grads:
+            if scale is not None:
+                grad.div_(scale.to(grad.device))
+            finite &= grad.flatten(1).isfinite().all(1)
+        for grad in grads:
+            grad.copy_(torch.where(finite.view(-1, *(1,) * (grad.dim() - 1)), grad, 0))
+        return finite
+
+    @torch.no_grad()
     def step(self, rows: Tensor, **options: Any) -> None:
         """One AdamW step of the slots where `rows` [K] is true; the gradients are cleared."""
         grads = self.grads()

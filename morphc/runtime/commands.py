@@ -1,6 +1,6 @@
 """Commands to the seeds of one site: each checks table, embargo, age and gates, and says what became of every seed.
 
-A refused seed is told why and stays as it is; SeedError is for what makes no sense, such as an index that doesn't exist.
+A refused seed is told why and stays as it is; SeedError is for what makes no sense, such as an index that there isn't.
 Commands read the device: they belong between steps.
 """
 

@@ -92,7 +92,8 @@ def solve(gram: Tensor, cross: Tensor) -> Tensor:
     rank = gram.shape[-1]
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30) * RIDGE
     ridge = level.view(-1, 1, 1) * torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge, cross)
+    solved: Tensor = torch.linalg.solve(gram + ridge, cross)
+    return solved
 
 
 class Fitting:

@@ -86,7 +86,7 @@ class SiteHandle:
 
     def history(self, index: int) -> list[Entry]:
         """The last ten transitions of one seed, oldest first."""
-        (seed,) = self._checked(index)
+        (seed,) = self.checked(index)
         state = self._store.live()
         row = self.site.offset + seed
         count = int(state.transitions[row])
@@ -114,7 +114,7 @@ class SiteHandle:
         most. curve: of alpha, None for `Config.graft_curve`.
         """
         return commands.germinate(
-            self._store, self.site, self._checked(indices), blueprint, graft, candidates, curve
+            self._store, self.site, self.checked(indices), blueprint, graft, candidates, curve
         )
 
     def advance(
@@ -128,7 +128,7 @@ class SiteHandle:
         metrics: what the gates of the move look at besides what morphc measures itself (docs/lifecycle.md), for all
         seeds or one mapping each; it goes before what morphc has measured.
         """
-        return commands.advance(self._store, self.site, self._checked(indices), _state(to), metrics)
+        return commands.advance(self._store, self.site, self.checked(indices), _state(to), metrics)
 
     def cancel(self, indices: Indices) -> list[Transition]:
         """Give up before anything was grafted: GERMINATED or TRAINING -> CANCELLED. The slots are free again."""
@@ -152,10 +152,10 @@ class SiteHandle:
         It needs the layer that reads these units, so the site has to be the inner layer of a block. With the host's
         optimizer, what it remembers of their rows and columns is cleared. `Grower.recycle` also takes a snapshot.
         """
-        return recycling.recycle(self._store, self.site, self._checked(indices), optimizer)
+        return recycling.recycle(self._store, self.site, self.checked(indices), optimizer)
 
     def _ungated(self, indices: Indices, to: Lifecycle) -> list[Transition]:
-        return commands.advance(self._store, self.site, self._checked(indices), to, gated=False)
+        return commands.advance(self._store, self.site, self.checked(indices), to, gated=False)
 
     def assign(
         self,
@@ -172,7 +172,7 @@ class SiteHandle:
         back. `alpha` defaults to what it was in GRAFTING, to 1 in the other blending states, and is 0 in the
         rest. Raises SeedError, and then nothing has changed.
         """
-        chosen = self._checked(indices)
+        chosen = self.checked(indices)
         target = _state(state)
         if alpha is not None and not 0.0 <= float(alpha) <= 1.0:
             raise SeedError(f"alpha={alpha!r} is not between 0 and 1")
@@ -187,7 +187,14 @@ class SiteHandle:
             numbers.append(-1 if move.bank is None else moves.number_of(self.site, move.bank, move.slot))
         moves.record(self._store, self.site, chosen, target, alpha=alpha, numbers=numbers)
 
-    def _checked(self, indices: Indices) -> list[int]:
+    @property
+    def why_not_recycled(self) -> str:
+        """Why the site's units can't be recycled, or an empty string."""
+        found = recycling.layers_of(self._store, self.site)
+        return found if isinstance(found, str) else ""
+
+    def checked(self, indices: Indices) -> list[int]:
+        """The indices as a list. Raises SeedError for what is no seed of the site, and for one named twice."""
         raw = indices.tolist() if isinstance(indices, Tensor) else indices
         listed = [raw] if isinstance(raw, int) else list(raw)
         for index in listed:
@@ -241,6 +248,17 @@ class Seeds:
     def alpha(self) -> Tensor:
         """[N] float32 on the device."""
         return self._store.state.alpha
+
+    @property
+    def embargo(self) -> list[int]:
+        """[N]: for how many more ticks each seed may not germinate. One copy from the device, if anything changed."""
+        found: list[int] = self._store.mirror().embargo.tolist()
+        return found
+
+    @torch.no_grad()
+    def set_scores(self, scores: Tensor) -> None:
+        """Write [N] scores into the seeds' `score`."""
+        self._store.state.score.copy_(scores)
 
     @torch.no_grad()
     def telemetry(self) -> dict[str, Tensor]:

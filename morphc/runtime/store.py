@@ -7,7 +7,7 @@ import re
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from morphc.config import Config
 from morphc.errors import NotMorphedError, SeedError
@@ -179,16 +179,21 @@ class SeedStore:
             for path, site in self.sites.items()
         }
 
-    def step_optimizer(self, **options: Any) -> None:
-        """One AdamW step of every slot whose seed's state trains; options as for `adamw_rows`."""
+    @torch.no_grad()
+    def step_optimizer(self, scale: Tensor | None = None, **options: Any) -> None:
+        """One AdamW step of every slot whose seed's state trains; options as for `adamw_rows`.
+
+        scale: what a GradScaler multiplied the loss with. A slot whose gradient isn't finite is left as it is.
+        """
         lr = options.get("lr")
         if not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
             raise SeedError(f"lr={lr!r} is no learning rate; give lr=, finite and not negative")
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
+                    finite = bank.clean_grads(scale)
                     if not engine.step(site, name, bank, options):
-                        bank.step(site.train_rows(bank), **options)
+                        bank.step(site.train_rows(bank) & finite, **options)
 
     def reset_telemetry(self) -> None:
         """Begin a new telemetry window of every seed."""

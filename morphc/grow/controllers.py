@@ -1,0 +1,360 @@
+"""Controllers: an observation in, commands out. They decide where and when to grow; gates and rollback stay with the Grower.
+
+Any object with `decide(observation)` is one. With `state_dict` and `load_state_dict` it is saved with the Grower, and
+`after_step(model, optimizer)` is called after every step. A learned controller takes the same seat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from morphc.config import Config
+from morphc.errors import ConfigError
+from morphc.lifecycle import Lifecycle
+from morphc.runtime.moves import free_slots
+from morphc.runtime.seeds import Seeds
+
+
+@dataclass(frozen=True)
+class Germinate:
+    """`site.germinate(...)`."""
+
+    path: str
+    seeds: tuple[int, ...]
+    blueprint: str | None = None
+    graft: str = "fixed_ramp"
+    candidates: int = 1
+
+
+@dataclass(frozen=True)
+class Do:
+    """`site.cancel`, `.prune`, `.rollback`, `.reset` or `.recycle`."""
+
+    what: Literal["cancel", "prune", "rollback", "reset", "recycle"]
+    path: str
+    seeds: tuple[int, ...]
+
+
+Command = Germinate | Do
+
+
+@dataclass
+class Observation:
+    """What a controller sees at a tick.
+
+    step, tick: counted from the run's begin. loss: mean over the tick. metrics: of the epochs so far, as given to
+    `Grower.epoch`; new_epoch: whether the last is new. lifecycle [N]: the seeds' states. `telemetry` and `scores` are
+    read from the device when first looked at.
+    """
+
+    seeds: Seeds
+    config: Config
+    step: int
+    tick: int
+    loss: float
+    metrics: Sequence[float]
+    new_epoch: bool
+    lower_is_better: bool
+    lifecycle: Sequence[Lifecycle]
+
+    @cached_property
+    def telemetry(self) -> Mapping[str, Tensor]:
+        """Health per seed [N] float64 on the CPU, since the last tick that had a measurement."""
+        return self.seeds.telemetry()
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """[N] float64: where growing is likely to help; written to the seeds' `score`."""
+        found = score(self.telemetry, self.config.score_weights)
+        self.seeds.set_scores(found)
+        return found
+
+    def rows(self) -> Iterable[tuple[str, int, int]]:
+        """(path, seed, row) of every seed."""
+        for path, handle in self.seeds.sites.items():
+            for seed in range(len(handle)):
+                yield path, seed, handle.rows.start + seed
+
+    def busy(self) -> int:
+        """Seeds between germination and the end of their fine-tuning."""
+        return sum(Lifecycle.GERMINATED <= state <= Lifecycle.FINE_TUNING for state in self.lifecycle)
+
+    def free(self, path: str, blueprint: str | None = None) -> int:
+        """Free slots of a site's bank; 0 where there is no such bank."""
+        banks = self.seeds[path].slots
+        name = blueprint or next(iter(banks), "")
+        return len(free_slots(banks[name])) if name in banks else 0
+
+
+class Controller(Protocol):
+    """Decides what is commanded at a tick."""
+
+    def decide(self, seen: Observation) -> Sequence[Command]:
+        """The commands for this tick."""
+        ...
+
+
+def score(telemetry: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+    """[N] float64: sum of weight times term over the terms that were measured, each from 0 to 1.
+
+    Terms: the dead fraction · 1 - variance relative to the largest · |correlation| within the chunk · gradient norm and
+    saliency, relative to the largest. NaN terms count as 0.
+    """
+
+    def share(values: Tensor) -> Tensor:
+        known = torch.nan_to_num(values, nan=0.0, posinf=0.0).clamp(min=0)
+        top = known.max() if known.numel() else torch.tensor(0.0)
+        return known / top if top > 0 else torch.zeros_like(known)
+
+    variance = telemetry["variance"]
+    terms = (
+        telemetry["dead_fraction"],
+        torch.where(variance.isfinite(), 1 - share(variance), torch.nan),
+        telemetry["correlation"].abs(),
+        share(telemetry["gradient_norm"]),
+        share(telemetry["saliency"]),
+    )
+    total = torch.zeros_like(terms[0])
+    for weight, term in zip(weights, terms, strict=True):
+        total += weight * torch.nan_to_num(term, nan=0.0)
+    return total
+
+
+class PlateauController:
+    """Germinates where the score says, when the metric (or, without epochs, the tick's loss) stops getting better.
+
+    patience: epochs (or ticks) without an improvement by `threshold` (relative). seeds: how many germinate at a time;
+    most: how many in all over the run. Nothing germinates while earlier seeds are on their way, or for `cooldown`
+    epochs (ticks) after.
+    """
+
+    def __init__(
+        self,
+        patience: int = 3,
+        threshold: float = 0.01,
+        seeds: int = 1,
+        most: int | None = None,
+        cooldown: int = 0,
+        blueprint: str | None = None,
+        graft: str = "fixed_ramp",
+        candidates: int = 1,
+    ) -> None:
+        if patience < 1 or seeds < 1 or candidates < 1:
+            raise ConfigError(
+                f"patience={patience}, seeds={seeds}, candidates={candidates}: each must be at least 1"
+            )
+        self.patience, self.threshold, self.seeds, self.most = patience, threshold, seeds, most
+        self.cooldown, self.blueprint, self.graft, self.candidates = cooldown, blueprint, graft, candidates
+        self.best = math.nan
+        self.stalled = self.germinated = self.waiting = 0
+
+    def decide(self, seen: Observation) -> Sequence[Command]:
+        """The commands for this tick."""
+        if seen.metrics:
+            if not seen.new_epoch:
+                return ()
+            value, lower = seen.metrics[-1], seen.lower_is_better
+        else:
+            value, lower = seen.loss, True
+        if not math.isfinite(value):
+            return ()
+        self._compare(value if lower else -value)
+        if seen.busy():
+            self.stalled, self.waiting = 0, self.cooldown
+            return ()
+        if self.waiting:
+            self.waiting -= 1
+            return ()
+        left = self.seeds if self.most is None else min(self.seeds, self.most - self.germinated)
+        if self.stalled < self.patience or left < 1:
+            return ()
+        chosen = self._choose(seen, left)
+        self.germinated += sum(len(command.seeds) for command in chosen)
+        self.stalled = 0
+        return chosen
+
+    def _compare(self, value: float) -> None:
+        if math.isnan(self.best) or value < self.best - self.threshold * abs(self.best):
+            self.best, self.stalled = value, 0
+        else:
+            self.stalled += 1
+
+    def _choose(self, seen: Observation, count: int) -> list[Germinate]:
+        room = {path: seen.free(path, self.blueprint) // self.candidates for path in seen.seeds.sites}
+        embargo = seen.seeds.embargo
+        scores = seen.scores
+        open_rows = [
+            (path, seed, row)
+            for path, seed, row in seen.rows()
+            if seen.lifecycle[row] is Lifecycle.DORMANT and not embargo[row] and room[path]
+        ]
+        open_rows.sort(key=lambda place: -float(scores[place[2]]))
+        chosen: dict[str, list[int]] = {}
+        for path, seed, _ in open_rows:
+            if sum(map(len, chosen.values())) == count:
+                break
+            if room[path] > len(chosen.get(path, ())):
+                chosen.setdefault(path, []).append(seed)
+        return [
+            Germinate(path, tuple(found), self.blueprint, self.graft, self.candidates)
+            for path, found in chosen.items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {name: getattr(self, name) for name in ("best", "stalled", "germinated", "waiting")}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+
+class ScheduleController:
+    """Does what a list says: (step, command), each at the first tick at or after its step."""
+
+    def __init__(self, schedule: Iterable[tuple[int, Command]]) -> None:
+        self.schedule = sorted(schedule, key=lambda entry: entry[0])
+        self.done = 0
+
+    def decide(self, seen: Observation) -> Sequence[Command]:
+        """The commands that are due."""
+        first = self.done
+        while self.done < len(self.schedule) and self.schedule[self.done][0] <= seen.step:
+            self.done += 1
+        return [command for _, command in self.schedule[first : self.done]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the list has been done."""
+        return {"done": self.done}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.done = saved["done"]
+
+
+class CallbackController:
+    """Asks a function: observation in, commands out."""
+
+    def __init__(self, decide: Callable[[Observation], Sequence[Command] | None]) -> None:
+        self.function = decide
+
+    def decide(self, seen: Observation) -> Sequence[Command]:
+        """What the function says; None is nothing."""
+        return self.function(seen) or ()
+
+
+EMA: Final = 0.9
+
+
+class RecycleController:
+    """Recycles the host's dormant units every `every` steps; with one feature a chunk, single units.
+
+    by: `dead` takes chunks whose dead fraction is at least 1 - tau; `gradient` those whose gradient norm, averaged over
+    ticks, is at most tau times their site's mean (needs `Config(gradient_telemetry=True)`). then: what else decides,
+    such as a PlateauController. l2_init: after every step the host's parameters are pulled back to where they
+    began (Kumar et al. 2023) by l2_init times the learning rate; a recycled unit's anchor is its fresh value.
+    """
+
+    def __init__(
+        self,
+        tau: float = 0.1,
+        every: int = 1000,
+        by: Literal["dead", "gradient"] = "dead",
+        most: float = 0.25,
+        then: Controller | None = None,
+        l2_init: float = 0.0,
+    ) -> None:
+        if (
+            not 0.0 <= tau <= 1.0
+            or every < 1
+            or not 0.0 < most <= 1.0
+            or l2_init < 0
+            or by not in ("dead", "gradient")
+        ):
+            raise ConfigError(
+                f"RecycleController(tau={tau}, every={every}, by={by!r}, most={most}, l2_init={l2_init}): tau and most "
+                "are between 0 and 1, every is at least 1, by is dead or gradient, l2_init isn't negative"
+            )
+        self.tau, self.every, self.by, self.most, self.then, self.l2_init = (
+            tau,
+            every,
+            by,
+            most,
+            then,
+            l2_init,
+        )
+        self.next = every
+        self.average: Tensor | None = None
+        self.anchors: dict[int, Tensor] = {}
+
+    def decide(self, seen: Observation) -> Sequence[Command]:
+        """Recycle what is dormant, if it is time; and what the inner controller says."""
+        inner = list(self.then.decide(seen)) if self.then is not None else []
+        if self.by == "gradient":
+            norm = seen.telemetry["gradient_norm"]
+            old = norm if self.average is None else torch.where(self.average.isnan(), norm, self.average)
+            self.average = torch.where(norm.isnan(), old, EMA * old + (1 - EMA) * norm)
+        if seen.step < self.next:
+            return inner
+        self.next = seen.step + self.every
+        return [*inner, *self._dormant(seen)]
+
+    def _dormant(self, seen: Observation) -> Iterable[Command]:
+        for path, handle in seen.seeds.sites.items():
+            if handle.why_not_recycled:
+                continue
+            if self.by == "dead":
+                level = 1 - seen.telemetry["dead_fraction"][handle.rows]
+            else:
+                assert self.average is not None
+                here = self.average[handle.rows]
+                level = here / here.nanmean()
+            states = seen.lifecycle[handle.rows]
+            found = [
+                seed
+                for seed in torch.argsort(level.nan_to_num(nan=math.inf)).tolist()
+                if float(level[seed]) <= self.tau and states[seed] is Lifecycle.DORMANT
+            ]
+            found = found[: max(1, int(self.most * len(handle)))]
+            if found:
+                yield Do("recycle", path, tuple(found))
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Pull the host's parameters towards their anchors."""
+        if not self.l2_init:
+            return
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                anchor = self.anchors.get(id(param))
+                if anchor is None:
+                    anchor = self.anchors[id(param)] = param.detach().clone()
+                param.lerp_(anchor, min(1.0, float(group["lr"]) * self.l2_init))
+
+    @torch.no_grad()
+    def recycled(self, parameter: nn.Parameter, axis: int, indices: Tensor) -> None:
+        """Let the anchor of units that were made anew follow them."""
+        anchor = self.anchors.get(id(parameter))
+        if anchor is not None:
+            places = indices.to(anchor.device)
+            anchor.index_copy_(axis, places, parameter.detach().index_select(axis, places))
+
+    def state_dict(self) -> dict[str, Any]:
+        """When to recycle next, and the averages. Anchors begin anew where a run is resumed."""
+        inner = getattr(self.then, "state_dict", None)
+        return {"next": self.next, "average": self.average, "then": inner() if inner is not None else None}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.next, self.average = saved["next"], saved["average"]
+        inner = getattr(self.then, "load_state_dict", None)
+        if inner is not None and saved["then"] is not None:
+            inner(saved["then"])

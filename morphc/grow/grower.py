@@ -1,0 +1,460 @@
+"""`Grower`: grows a compiled model while the user's own loop trains it. Used as a learning-rate scheduler is.
+
+grower = morphc.Grower(model, optimizer, evaluate=validation_loss)
+for x, y in batches:
+    loss = criterion(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    grower.step(loss)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from morphc.errors import ConfigError, MorphcWarning
+from morphc.grow.controllers import Command, Controller, Germinate, Observation, PlateauController
+from morphc.grow.evaluation import Evaluate, Worth, contributions
+from morphc.grow.gradients import Ratios
+from morphc.grow.rollback import Cohort, offenders, roll_back, worse_by
+from morphc.grow.signals import Losses
+from morphc.grow.snapshot import (
+    Snapshot,
+    model_state,
+    optimizer_state,
+    restore_model,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+)
+from morphc.grow.tree import clone
+from morphc.lifecycle import Lifecycle
+from morphc.runtime import commands, grafts, recycling, ticking
+from morphc.runtime.commands import Transition
+from morphc.runtime.seeds import Seeds
+from morphc.runtime.store import root_of, store_of
+
+_L = Lifecycle
+AGAIN = 10
+"""Ticks between two evaluations of a seed that didn't pass."""
+COHORTS = 2
+"""Snapshots of grafts that are kept."""
+
+
+@dataclass
+class Event:
+    """What happened at a step: what the tick and the controller moved or refused, and a rollback's reason."""
+
+    step: int
+    transitions: list[Transition] = field(default_factory=list)
+    rolled_back: str = ""
+    rewound_to: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.transitions) or bool(self.rolled_back)
+
+
+class Grower:
+    """Ticks, isolated steps, grafts, gates, counterfactual evaluation, snapshots and rollback of one model.
+
+    evaluate: model -> metric on validation data; it is called in eval mode without gradients, and random states are as
+    before afterwards. better: whether a `lower` or a `higher` metric is better, in `evaluate` and in `epoch`.
+    scaler, scheduler: the user's own, if any; they are only read, saved and restored. tick_every: steps a tick.
+    on_recycle: called with (optimizer, parameter, axis, indices) for every parameter that `recycle` renewed, for
+    optimizers whose state isn't shaped as the parameter.
+
+    Call `step` after `optimizer.step()` and before gradients are cleared. Between ticks nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        controller: Controller | None = None,
+        evaluate: Evaluate | None = None,
+        scaler: Any = None,
+        scheduler: Any = None,
+        tick_every: int = 16,
+        *,
+        better: Literal["lower", "higher"] = "lower",
+        on_recycle: recycling.Hook | None = None,
+    ) -> None:
+        if isinstance(tick_every, bool) or not isinstance(tick_every, int) or tick_every < 1:
+            raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
+        if better not in ("lower", "higher"):
+            raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
+        self.model, self.optimizer, self.evaluate = model, optimizer, evaluate
+        self.controller: Controller = controller if controller is not None else PlateauController()
+        self.scaler, self.scheduler, self.on_recycle = scaler, scheduler, on_recycle
+        self.tick_every, self.lower = tick_every, better == "lower"
+        self.seeds = Seeds(model)
+        self.store = store_of(model)
+        self.config = self.store.config
+        self.steps = self.ticks = 0
+        self.metrics: list[float] = []
+        self.new_epoch = False
+        self.losses = Losses(self.config.rollback_sigma, self.config.rollback_times)
+        self.ratios = Ratios(self.store)
+        self.cohorts: list[Cohort] = []
+        self.evaluated: dict[int, tuple[int, float]] = {}
+        self.before_recycling: Snapshot | None = None
+        self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
+        self._scale: Tensor | None = None
+        if evaluate is None:
+            warnings.warn(
+                "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
+                "each is culled there in the end; give evaluate=, a function of the model",
+                MorphcWarning,
+                stacklevel=2,
+            )
+        if scaler is not None and scaler.is_enabled():
+            root_of(model).register_forward_pre_hook(self._note_scale)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the seeds' states are."""
+        return self.store.state.lifecycle.device
+
+    # -- every step ------------------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float) -> Event:
+        """After every `optimizer.step()`: the slots' own step, and at every `tick_every`th the tick."""
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        if value.device != self._window.device and self._window.device != self.device:
+            self._window = self._window.to(self.device)
+        self._window[self.steps % self.tick_every].copy_(value.reshape(()), non_blocking=True)
+        self.steps += 1
+        due = self.steps % self.tick_every == 0
+        if due:
+            self.ratios.take()
+        self.store.step_optimizer(lr=self._lr(), scale=self._scale)
+        after = getattr(self.controller, "after_step", None)
+        if after is not None:
+            after(self.model, self.optimizer)
+        return self.tick() if due else Event(self.steps)
+
+    def epoch(self, val_metric: float | Tensor) -> Event:
+        """Tell the validation metric of an epoch; a graft that made it worse than the bound is rolled back."""
+        metric = float(val_metric)
+        event = Event(self.steps)
+        told = [cohort for cohort in self.cohorts if cohort.metric is not None]
+        if told:
+            drop = worse_by(metric, told[-1].metric, self.lower)
+            if not drop <= self.config.max_metric_drop:
+                reason = f"the metric is worse by {drop:.3g}, must be at most {self.config.max_metric_drop:g}"
+                event = self._roll_back(reason)
+                if event.rolled_back:
+                    return event
+        self.metrics.append(metric)
+        self.new_epoch = True
+        return event
+
+    def _lr(self) -> float:
+        lr = self.optimizer.param_groups[0]["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            # A rate on the device is read at ticks: reading it at every step would wait for the device.
+            if self.steps % self.tick_every == 0 or not hasattr(self, "_known_lr"):
+                self._known_lr = float(lr)
+            lr = self._known_lr
+        return float(lr) * self.config.seed_lr
+
+    def _note_scale(self, *_: Any) -> None:
+        if not self.model.training:
+            return
+        # The scale of this step's backward: by the time of `step`, the scaler may have moved on.
+        scale = self.scaler._scale
+        self._scale = (
+            scale.detach().clone() if isinstance(scale, Tensor) else torch.tensor(self.scaler.get_scale())
+        )
+
+    # -- every tick ------------------------------------------------------------------------------------------
+
+    def tick(self) -> Event:
+        """One tick: look for trouble, evaluate, move the seeds, let the controller command. `step` calls it."""
+        self.ticks += 1
+        filled = (self.steps - 1) % self.tick_every + 1 if self.steps else 0
+        trouble = self.losses.tell(self._window[:filled].tolist())
+        self.ratios.read()
+        if trouble:
+            event = self._roll_back(trouble)
+            if event.rolled_back:
+                return event
+        ticking.pause(self.store, self._signs())
+        per_seed = self._measure()
+        plan = ticking.decide(self.store, None, per_seed, hold=self._held())
+        grafted = plan.into(_L.GRAFTING)
+        self._prepare(grafted)
+        event = Event(self.steps, ticking.run(self.store, plan))
+        event.transitions += self._give_up(event.transitions)
+        if grafted:
+            self._begin_cohort(grafted)
+        self._close_cohorts()
+        event.transitions += self._command()
+        self.seeds.reset_telemetry()
+        return event
+
+    def _signs(self) -> dict[int, grafts.Signs]:
+        """What the strategies of grafting seeds look at."""
+        states = self.store.mirror()
+        rows = [int(row) for row in (states.lifecycle == int(_L.GRAFTING)).nonzero()[0]]
+        if not rows:
+            return {}
+        asks = any(grafts.name_of(int(states.graft[row])) in ("drift_controlled", "adaptive") for row in rows)
+        health = self.seeds.telemetry() if asks else None
+        found = {}
+        for row in rows:
+            cohort = next((each for each in self.cohorts if row in each.rows), None)
+            start = cohort.loss if cohort is not None else math.nan
+            drift = cohort.drift(row, health) if cohort is not None and health is not None else math.nan
+            found[row] = grafts.Signs(
+                loss=self.losses.latest / start if start else math.nan,
+                trend=self.losses.trend,
+                drift=drift,
+                gradient=self.ratios.of(row),
+                stability=self.losses.stability,
+            )
+        return found
+
+    def _measure(self) -> dict[tuple[str, int], dict[str, float]]:
+        """Contribution, improvement, stability and error rate of the seeds whose gates ask for them."""
+        states = self.store.mirror()
+        due, found = [], {}
+        for path, seed, row in self._rows():
+            state, age = Lifecycle(int(states.lifecycle[row])), int(states.ticks_in_state[row]) + 1
+            if state not in (_L.EVALUATING, _L.FINE_TUNING):
+                self.evaluated.pop(row, None)
+                continue
+            found[path, seed] = {
+                "stability": self.losses.stability,
+                "error_rate": self.ratios.error_rate(row),
+            }
+            least = self.config.minimum_ticks[3 if state is _L.EVALUATING else 4]
+            known = self.evaluated.get(row)
+            if known is not None and known[0] > self.ticks - 1 - age and self.ticks - known[0] < AGAIN:
+                continue
+            if age >= least:
+                due.append(row)
+        if due and self.evaluate is not None:
+            worth = Worth(self.model, self.store, self.evaluate)
+            for row, gain in contributions(worth, due, self.lower, draw=self.ticks).items():
+                self.evaluated[row] = (self.ticks, gain)
+        for path, seed, row in self._rows():
+            if (path, seed) in found and row in self.evaluated:
+                gain = self.evaluated[row][1]
+                fine = int(states.lifecycle[row]) == int(_L.FINE_TUNING)
+                found[path, seed]["improvement" if fine else "contribution"] = gain
+        return found
+
+    def _rows(self) -> list[tuple[str, int, int]]:
+        """(path, seed, row) of the seeds that hold a slot."""
+        held = self.store.mirror().slot >= 0
+        out = []
+        for row in (int(row) for row in held.nonzero()[0]):
+            site, seed = ticking.site_at(self.store, row)
+            out.append((site.path, seed, row))
+        return out
+
+    def _held(self) -> dict[int, str]:
+        """One cohort at a time: what a graft brings can be told from what another does."""
+        states = self.store.mirror().lifecycle
+        between = [
+            int(row) for row in ((states >= int(_L.GRAFTING)) & (states <= int(_L.EVALUATING))).nonzero()[0]
+        ]
+        if not between:
+            return {}
+        site, seed = ticking.site_at(self.store, between[0])
+        reason = (
+            f"hold: {site.path}[{seed}] is being grafted or evaluated, and cohorts go one after the other"
+        )
+        return {int(row): reason for row in (states == int(_L.TRAINING)).nonzero()[0]}
+
+    def _prepare(self, rows: Sequence[int]) -> None:
+        """What the refit at the graft goes by."""
+        latest = self.losses.latest
+        scale = float(self._scale) if self._scale is not None else 1.0
+        self.store.loss = latest * scale if math.isfinite(latest) else None
+        sites = {ticking.site_at(self.store, row)[0].path for row in rows}
+        self.store.graft_share = 1 / max(1, len(sites))
+
+    def _give_up(self, told: Sequence[Transition]) -> list[Transition]:
+        """Cull the seeds that a gate has held up, or that have waited in a graft, for longer than `graft_patience`."""
+        states = self.store.mirror()
+        minimum = dict(zip(range(2, 7), self.config.minimum_ticks, strict=True))
+        late = []
+        for transition in told:
+            row = self.store.sites[transition.path].offset + transition.seed
+            state = int(states.lifecycle[row])
+            age = int(states.ticks_in_state[row])
+            stuck = not transition.ok and transition.gate != "hold" and transition.source != _L.STABILIZATION
+            if stuck and age > minimum.get(state, 0) + self.config.graft_patience:
+                late.append((transition.path, transition.seed))
+        for path, seed, row in self._rows():
+            waited = grafts.pauses_of(int(states.graft[row]))
+            if int(states.lifecycle[row]) == int(_L.GRAFTING) and waited > self.config.graft_patience:
+                late.append((path, seed))
+        out: list[Transition] = []
+        for path, seed in dict.fromkeys(late):
+            out += self.seeds[path].prune([seed])
+        return out
+
+    def _command(self) -> list[Transition]:
+        states = [Lifecycle(int(value)) for value in self.store.mirror().lifecycle]
+        seen = Observation(
+            seeds=self.seeds,
+            config=self.config,
+            step=self.steps,
+            tick=self.ticks,
+            loss=self.losses.latest,
+            metrics=tuple(self.metrics),
+            new_epoch=self.new_epoch,
+            lower_is_better=self.lower,
+            lifecycle=states,
+        )
+        self.new_epoch = False
+        out: list[Transition] = []
+        for command in self.controller.decide(seen):
+            out += self.execute(command)
+        return out
+
+    def execute(self, command: Command) -> list[Transition]:
+        """Do one command of a controller."""
+        if isinstance(command, Germinate):
+            return self.seeds[command.path].germinate(
+                command.seeds, command.blueprint, command.graft, command.candidates
+            )
+        if command.what == "recycle":
+            return self.recycle(command.path, command.seeds)
+        done: list[Transition] = getattr(self.seeds[command.path], command.what)(command.seeds)
+        return done
+
+    def recycle(self, path: str, seeds: Sequence[int]) -> list[Transition]:
+        """`site.recycle` with the optimizer's memory of the units; `before_recycling` is a snapshot from before."""
+        self.before_recycling = self.snapshot()
+        handle = self.seeds[path]
+        return recycling.recycle(
+            self.store, handle.site, handle.checked(seeds), self.optimizer, self._recycled
+        )
+
+    def _recycled(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, indices: Tensor
+    ) -> None:
+        follow = getattr(self.controller, "recycled", None)
+        if follow is not None:
+            follow(parameter, axis, indices)
+        if self.on_recycle is not None:
+            self.on_recycle(optimizer, parameter, axis, indices)
+
+    # -- going back ------------------------------------------------------------------------------------------
+
+    def _begin_cohort(self, rows: Sequence[int]) -> None:
+        metric = self.metrics[-1] if self.metrics else None
+        cohort = Cohort(set(rows), self.steps, metric, self.losses.latest, self.seeds.telemetry())
+        self.cohorts.append(cohort)
+        cohort.snapshot = self.snapshot()
+        for old in self.cohorts[:-COHORTS]:
+            old.snapshot = None
+
+    def _close_cohorts(self) -> None:
+        """Forget the snapshots of grafts that are decided."""
+        states = self.store.mirror().lifecycle
+        for cohort in self.cohorts:
+            cohort.rows = {row for row in cohort.rows if _L.GRAFTING <= states[row] <= _L.FINE_TUNING}
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
+
+    def _roll_back(self, reason: str) -> Event:
+        """Undo the last graft; an Event without `rolled_back` where none is under way."""
+        event = Event(self.steps)
+        self._close_cohorts()
+        rows, snapshot = offenders(self.store, self.cohorts)
+        if not rows:
+            return event
+        if self.cohorts:
+            self.cohorts.pop()
+        event.transitions = roll_back(self, rows, snapshot)
+        event.rolled_back = (
+            reason if snapshot is not None else f"{reason}; no snapshot, the host is as it was"
+        )
+        event.rewound_to = self.steps if snapshot is not None else None
+        return event
+
+    def snapshot(self) -> Snapshot:
+        """Everything that the run depends on, copied; see `morphc.grow.snapshot`."""
+        return Snapshot(
+            {
+                "model": model_state(self.model),
+                "optimizer": optimizer_state(self.optimizer),
+                "scheduler": clone(self.scheduler.state_dict()) if self.scheduler is not None else None,
+                "scaler": clone(self.scaler.state_dict()) if self.scaler is not None else None,
+                "rng": rng_state(self.device),
+                "grower": self.state_dict(),
+            }
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bring everything back, bit for bit. Raises CheckpointError where the snapshot is of another model."""
+        tree = snapshot.tree
+        restore_model(self.model, tree["model"])
+        restore_optimizer(self.optimizer, tree["optimizer"])
+        for own, kept in ((self.scheduler, tree["scheduler"]), (self.scaler, tree["scaler"])):
+            if own is not None and kept is not None:
+                own.load_state_dict(clone(kept))
+        restore_rng(tree["rng"], self.device)
+        self.load_state_dict(tree["grower"])
+        known = {cohort.step for cohort in self.cohorts if cohort.step <= self.steps}
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.step in known]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, losses, metrics and the controller's own state. The model's is `morphc.save`'s, or a snapshot's."""
+        controller = getattr(self.controller, "state_dict", None)
+        return clone(
+            {
+                "steps": self.steps,
+                "ticks": self.ticks,
+                "metrics": self.metrics,
+                "new_epoch": self.new_epoch,
+                "losses": self.losses.state_dict(),
+                "ratios": self.ratios.state_dict(),
+                "window": self._window,
+                "evaluated": {row: list(known) for row, known in self.evaluated.items()},
+                "controller": controller() if controller is not None else None,
+            }
+        )  # type: ignore[no-any-return]
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        saved = clone(saved)
+        if saved["window"].shape != self._window.shape:
+            raise ConfigError(
+                f"tick_every={self.tick_every} here, {saved['window'].shape[0]} in the state that is loaded"
+            )
+        self.steps, self.ticks, self.metrics = saved["steps"], saved["ticks"], list(saved["metrics"])
+        self.new_epoch = saved["new_epoch"]
+        self.losses.load_state_dict(saved["losses"])
+        self.ratios.load_state_dict(saved["ratios"])
+        self._window = saved["window"].to(self.device)
+        self.evaluated = {int(row): (known[0], known[1]) for row, known in saved["evaluated"].items()}
+        load = getattr(self.controller, "load_state_dict", None)
+        if load is not None and saved["controller"] is not None:
+            load(saved["controller"])
+
+    def learning(self) -> dict[tuple[str, int], dict[str, float]]:
+        """What was measured of every seed that holds a slot, by (path, index).
+
+        `isolated_improvement` and `isolated_loss` (or `reconstruction_loss`) of its best candidate,
+        `finite_gradients`, `errors`, `alpha`, and `gradient_ratio`: newborn over incumbent, the RMS gradient of the slot
+        over that of its host layer's parameters at the last tick. Reads the device.
+        """
+        mirror = self.store.mirror()
+        found: dict[tuple[str, int], dict[str, float]] = {}
+        for path, site in self.store.sites.items():
+            for seed, known in commands.measured(self.store, site, mirror).items():
+                found[path, seed] = {**known, "gradient_ratio": self.ratios.of(site.offset + seed)}
+        return found
