@@ -97,12 +97,16 @@ def wanted(
     options: Mapping[str, Any],
     target: str,
 ) -> Wanted:
-    """The compiled form that follows from these; options: as Triton takes them. The kernel's entry is published."""
-    path = codegen.publish(source)
+    """The compiled form that follows from these; options: as Triton takes them. The kernel's entry is published if it
+    isn't there; its text is looked at by who compiles it."""
+    entry = codegen.entry_of(source)
+    root = place.root()
+    if _held(root, entry) is None:
+        path = codegen.publish(source)
+        entry, root = path.parent, codegen.root_of(path)
     made_from = {
         "schema": place.SCHEMA,
         "kernel": source.key,
-        "text": source.digest,
         "function": function,
         "signature": [[name, kind] for name, kind in signature.items()],
         "constants": dict(constants),
@@ -112,7 +116,14 @@ def wanted(
         "triton": triton_version(),
         "settings": {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)},
     }
-    return Wanted(f"{source.name}.{function}", codegen.root_of(path), path.parent, made_from)
+    return Wanted(f"{source.name}.{function}", root, entry, made_from)
+
+
+def _held(root: Path, entry: Path) -> Found | None:
+    try:
+        return store.find(entry, "kernel", root)
+    except OSError:
+        return None
 
 
 def count_hit(found: Found) -> None:

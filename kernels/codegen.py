@@ -23,7 +23,7 @@ import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,37 @@ Triton's own cache key has a kernel's line in it: a header that grew by one woul
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """A generated file. `digest`: sha256 of `text`; `template_digest`: of the template and what it includes.
+    """A generated file. template_digest: of the template and what it includes.
 
-    made_from: all that the text follows from, as JSON has it; key: its sha256, which names the cache's entry.
+    made_from: all that the text follows from, as JSON has it; key: its sha256, which names the cache's entry. Sources
+    with one key are equal.
     """
 
     name: str
-    text: str
-    digest: str
     template: str
     template_digest: str
     spec: KernelSpec
     key: str
-    made_from: Mapping[str, Any] = field(repr=False, compare=False)
-    holes: Mapping[str, Any] = field(repr=False, compare=False)
+    made_from: Mapping[str, Any] = field(repr=False)
+    holes: Mapping[str, Any] = field(repr=False)
+
+    @cached_property
+    def text(self) -> str:
+        """The file's; rendered when somebody first asks, since a kernel that is kept as a binary needs none."""
+        return _rendered(self.template, self.spec, self.holes)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the text."""
+        return place.digest(self.text.encode())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 def render(template: str, spec: KernelSpec, **holes: Any) -> Source:
@@ -69,25 +84,35 @@ def render(template: str, spec: KernelSpec, **holes: Any) -> Source:
     it makes is not Python.
     """
     filled = _arithmetic(spec) | holes
-    expanded = templating.expand(template, filled)
-    text = _assemble(_header(template, spec), _tidy(expanded.text), template)
+    template_digest = templating.digest(template, filled)
+    made_from = {
+        "schema": place.SCHEMA,
+        "spec": msgspec.to_builtins(spec),
+        "template": template,
+        "template_sha": template_digest,
+        "codegen_sha": codegen_digest(),
+        "holes": msgspec.json.decode(place.canonical(holes)),
+    }
+    source = Source(spec.name, template, template_digest, spec, place.key_of(made_from), made_from, filled)
+    if not (templating.is_lasting(spec.blueprint) and place.is_folder(entry_of(source))):
+        _ = source.text  # what can't be rendered is told here
+    return source
+
+
+def entry_of(source: Source) -> Path:
+    """Where the cache has the source's entry, or would have it."""
+    return store.kernels(place.root()) / store.entry_name(source.name, source.key)
+
+
+def _rendered(template: str, spec: KernelSpec, filled: Mapping[str, Any]) -> str:
+    text = _assemble(_header(template, spec), _tidy(templating.expand(template, dict(filled))), template)
     try:
         ast.parse(text)
     except SyntaxError as error:
         where = _place(template, filled, text, error.lineno or 1)
         line = text.splitlines()[(error.lineno or 1) - 1].strip()
         raise TemplateError(f"{where or template}: makes invalid Python, {error.msg}: {line}") from error
-    digest = place.digest(text.encode())
-    made_from = {
-        "schema": place.SCHEMA,
-        "spec": msgspec.to_builtins(spec),
-        "template": template,
-        "template_sha": expanded.digest,
-        "codegen_sha": codegen_digest(),
-        "holes": msgspec.json.decode(place.canonical(holes)),
-    }
-    key = place.key_of(made_from)
-    return Source(spec.name, text, digest, template, expanded.digest, spec, key, made_from, filled)
+    return text
 
 
 @lru_cache(maxsize=1)

@@ -134,7 +134,7 @@ def prepare(
         jobs.append(Job(source, function, dict(signature), dict(constants), tuple(aligned), options, target))
         return Prepared(source.name, device, _nothing)
     key = (
-        source.digest, function, tuple(signature.items()), tuple(sorted(constants.items())), tuple(aligned),
+        source.key, function, tuple(signature.items()), tuple(sorted(constants.items())), tuple(aligned),
         num_warps, num_stages, maxnreg, pdl, device,
     )  # fmt: skip
     with _lock:

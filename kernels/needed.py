@@ -26,7 +26,7 @@ def needed(specs: Iterable[KernelSpec], rows: int, target: str) -> list[Job]:
         jobs += _of_telemetry(watched, rows, target)
     found: dict[object, Job] = {}
     for job in jobs:
-        key = (job.source.digest, job.function, *map(str, (job.signature, job.constants, job.options)))
+        key = (job.source.key, job.function, *map(str, (job.signature, job.constants, job.options)))
         found.setdefault(key, dataclasses.replace(job, target=target))
     return list(found.values())
 

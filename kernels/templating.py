@@ -12,8 +12,6 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -28,13 +26,6 @@ from morphc.kernels.blueprints import base
 
 BLUEPRINT = "blueprint:"
 _ROOT = Path(morphc.templates.__file__).parent
-
-
-class Expanded(NamedTuple):
-    """A rendered template: its text, and the sha256 of it and of everything it includes."""
-
-    text: str
-    digest: str
 
 
 class Place(NamedTuple):
@@ -57,15 +48,44 @@ def cdiv(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def expand(template: str, holes: dict[str, Any]) -> Expanded:
+def expand(template: str, holes: dict[str, Any]) -> str:
     """Render `template` with `holes`. Raises TemplateError, which names file and line of the template."""
-    with _recording() as used:
-        text = _render(_environment(), template, holes)
-        digest = hashlib.sha256()
-        for name in sorted(used):
-            source, _, _ = _find(name)
-            digest.update(f"{name}\0{len(source)}\0{source}".encode())
-    return Expanded(text, digest.hexdigest())
+    return _render(_environment(), template, holes)
+
+
+_REFERENCE = re.compile(r"{%[-+]?\s*(?:include|import|from|extends)\s+(?:\"([^\"]+)\"|(\w+))\s*(~)?")
+
+
+def digest(template: str, holes: dict[str, Any]) -> str:
+    """sha256 of a template and of everything that it may include, however deep; nothing is rendered.
+
+    A template that is named by a hole is followed too. Raises TemplateError for one that doesn't exist.
+    """
+    found: dict[str, str] = {}
+    left = [template]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        try:
+            found[name] = _find(name)[0]
+        except jinja2.TemplateNotFound as error:
+            raise _not_found(error) from error
+        for quoted, hole, more in _REFERENCE.findall(found[name]):
+            named = quoted or holes.get(hole)
+            if more:  # a name that is put together: whatever begins like it
+                left += [path.name for path in _ROOT.glob(f"{quoted}*.jinja")]
+            elif isinstance(named, str):
+                left.append(named)
+    made = hashlib.sha256()
+    for name in sorted(found):
+        made.update(f"{name}\0{len(found[name])}\0{found[name]}".encode())
+    return made.hexdigest()
+
+
+def _not_found(error: jinja2.TemplateNotFound) -> TemplateError:
+    known = (path.name for path in _ROOT.glob("*.py.jinja"))
+    return TemplateError(f"no template {error.name!r}.{did_you_mean(str(error.name), known)}")
 
 
 def places(template: str, holes: dict[str, Any]) -> list[tuple[str, Place | None]]:
@@ -86,30 +106,18 @@ def has_template(blueprint: base.Blueprint) -> bool:
     return blueprint.template is not None or _builtin(blueprint) is not None
 
 
+def is_lasting(blueprint: str) -> bool:
+    """Whether the blueprint's macros will be the same later: another class may take over the name of a user's."""
+    return not blueprint or _builtin(base.get(blueprint)) is not None
+
+
 class _Environment(jinja2.Environment):
-    """Remembers which templates a render went through."""
+    """With the names of the files that marks are of."""
 
     mark_names: list[str]
 
-    def get_template(self, name: Any, parent: str | None = None, globals: Any = None) -> jinja2.Template:
-        used = _used.get()
-        if used is not None and isinstance(name, str):
-            used.add(name)
-        return super().get_template(name, parent, globals)
 
-
-_used: ContextVar[set[str] | None] = ContextVar("templates used by the render under way", default=None)
 _lock = threading.RLock()
-
-
-@contextmanager
-def _recording() -> Iterator[set[str]]:
-    used: set[str] = set()
-    token = _used.set(used)
-    try:
-        yield used
-    finally:
-        _used.reset(token)
 
 
 def _new_environment(*extensions: type[Extension]) -> _Environment:
@@ -172,8 +180,7 @@ def _render(env: _Environment, template: str, holes: dict[str, Any]) -> str:
         place = Place(error.filename or str(error.name), error.lineno)
         raise TemplateError(f"{place}: {error.message}") from error
     except jinja2.TemplateNotFound as error:
-        known = (path.name for path in _ROOT.glob("*.py.jinja"))
-        raise TemplateError(f"no template {error.name!r}.{did_you_mean(str(error.name), known)}") from error
+        raise _not_found(error) from error
     except MorphcError:
         raise
     except Exception as error:

@@ -58,8 +58,7 @@ def find(folder: Path, kind: str, root: Path) -> Found | None:
     """A whole entry or binary; None where there is none, or none any more. It is in use from here on."""
     entry = folder if kind == "kernel" else folder.parents[2]
     try:
-        if kind == "kernel":
-            leases.hold(root, entry.name)
+        leases.hold(root, entry.name)
         found = Found(folder, manifest.verify(folder, kind))
     except FileNotFoundError:
         return None

@@ -70,7 +70,7 @@ def needed(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen], target: str)
 
 def _key(job: Job) -> object:
     told = (job.signature, job.constants, job.options, sorted(job.aligned))
-    return job.source.digest, job.function, *map(str, told)
+    return job.source.key, job.function, *map(str, told)
 
 
 def tasks(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen]) -> Iterator[Task]:

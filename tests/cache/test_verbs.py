@@ -16,17 +16,16 @@ import msgspec
 import pytest
 from cache_helpers import ROOT, SPEC, fake_entry, source
 from conftest import forget
-from test_bundles import CONFIG, table
+from test_bundles import table
 
 import morphc
 from morphc.caching import Cache
 from morphc.cli import main
 from morphc.errors import CacheError
-from morphc.kernels import active, autotune, telemetry
+from morphc.kernels import active, telemetry
 from morphc.kernels.cache import inventory, manifest, place, store, tables
 from morphc.kernels.codegen import publish
 from morphc.kernels.spec import KernelSpec
-from morphc.kernels.tuning import Trial, Tuned
 
 
 class Ran(NamedTuple):
@@ -385,23 +384,6 @@ class TestTables:
         with pytest.warns(UserWarning, match=r"is damaged.*moved to .*quarantine, and begun anew"):
             tables.save(root, table(told, rows=64))
         assert [one.rows for one in tables.of_kernel(root, told)[0].answers] == [64]
-
-    def test_what_the_tuner_found_is_kept(self, fresh_cache: Path) -> None:
-        import torch
-
-        from morphc.kernels.devices import H200
-
-        made = active.source(TestWhyMiss.SITE)
-        publish(made)
-        trials = (Trial(CONFIG, 20.0, registers=64), Trial(CONFIG, 20.0, same_as=0))
-        tuned = Tuned("any", CONFIG, 20.0, trials)
-        autotune.keep(tuned, 3000, made, torch.device("cpu"), H200)
-        (kept,) = morphc.cache().show(made.key).tables
-        (answer,) = kept.answers
-        assert (answer.rows, answer.us, answer.trials) == (4096, 20.0, trials)
-        assert 0.0 < answer.roofline < 1.0
-        (entry,) = morphc.cache().entries()
-        assert (entry.tuned, entry.best_us) == (True, 20.0)
 
 
 def test_an_entry_that_is_read_while_it_goes_is_no_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
