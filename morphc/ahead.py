@@ -76,7 +76,7 @@ def kernels_of(model: nn.Module, plan: Plan, target: str) -> list[Needed]:
         raise TritonError(problem)
     found = ahead.needed(store_of(model).sites, seen_by(plan.sites), target)
     for one in found:
-        codegen.publish(one.job.source, Provenance(one.layers, one.sources))
+        codegen.publish(one.job.source, Provenance(one.layers, tuple(map(_relative, one.sources))))
     return found
 
 

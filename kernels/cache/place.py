@@ -32,7 +32,9 @@ class DamagedError(Exception):
 def root() -> Path:
     """`$MORPHC_CACHE_DIR/v1`, or `morphc/v1` in the platform's cache folder."""
     given = os.environ.get("MORPHC_CACHE_DIR")
-    return (Path(given) if given else Path(platformdirs.user_cache_dir("morphc", appauthor=False))) / "v1"
+    base = given or platformdirs.user_cache_dir("morphc", appauthor=False)
+    # Absolute, since a process may change its folder.
+    return Path(os.path.abspath(base)) / "v1"
 
 
 def canonical(value: Any) -> bytes:

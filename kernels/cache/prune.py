@@ -65,32 +65,38 @@ def choose(
     larger_than: int | None = None,
     arch: str | None = None,
     version: str | None = None,
+    checked: bool = True,
 ) -> list[Victim]:
     """What would go. older_than: seconds since its last use. larger_than: bytes that may stay in all; without any
     of the others it is BOUND. arch: compiled forms for it (`cuda:80`). version: what that version of morphc wrote, and
     what that version of Triton compiled.
 
-    Damaged entries go too, and so does what died half-written and what is in quarantine.
+    What is damaged goes too, and so does what died half-written and what is in quarantine. checked: look at every
+    checksum for that.
     """
     now = time.time()
     if older_than is None and arch is None and version is None and larger_than is None:
         larger_than = BOUND
     victims = _leftovers(root, now)
+    if checked:
+        _, problems = inventory.verify(root)
+        victims += [Victim(one.path, _size(root / one.path), f"damaged: {one.problem}") for one in problems]
+    gone = {victim.path for victim in victims}
     left: list[inventory.Entry] = []
     for entry in inventory.entries(root):
         path = f"kernels/{os.path.basename(entry.folder)}"
+        if path in gone:
+            continue
         # A clock that went back leaves times in the future: those are no age.
         age = max(0.0, now - entry.used)
-        if entry.damaged:
-            victims.append(Victim(path, entry.size, f"damaged: {entry.damaged}"))
-        elif older_than is not None and age > older_than:
+        if older_than is not None and age > older_than:
             victims.append(Victim(path, entry.size, f"last used {told_age(age)} ago"))
         elif version is not None and entry.morphc == version:
             victims.append(Victim(path, entry.size, f"written by morphc {version}"))
         else:
-            gone = _binaries(root, entry, arch, version)
-            victims += gone
-            left.append(msgspec.structs.replace(entry, size=entry.size - sum(one.size for one in gone)))
+            forms = [one for one in _binaries(root, entry, arch, version) if one.path not in gone]
+            victims += forms
+            left.append(msgspec.structs.replace(entry, size=entry.size - sum(one.size for one in forms)))
     total = sum(entry.size for entry in left)
     if larger_than is not None:
         for entry in sorted(left, key=lambda one: one.used):
@@ -203,7 +209,7 @@ def keep_bound(root: Path, bound: int = BOUND) -> Pruned | None:
     try:
         mark.touch()
         os.utime(mark)
-        return remove(root, choose(root, larger_than=bound))
+        return remove(root, choose(root, larger_than=bound, checked=False))
     except (OSError, CacheError):
         return None
 

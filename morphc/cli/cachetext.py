@@ -24,11 +24,11 @@ def listing(found: Sequence[Entry], where: str) -> Iterator[str]:
     now = time.time()
     for entry in found:
         if entry.damaged:
-            yield _cut(f"{entry.key[:8]:8} {_middle(entry.name, 36):36} damaged: {entry.damaged}", WIDTH)
+            yield _cut(f"{entry.key[:8]:8} {_middle(entry.name, 40):40} damaged: {entry.damaged}", WIDTH)
             continue
         yield _row(
             entry.key[:8],
-            _middle(entry.name, 36),
+            _middle(entry.name, 40),
             _layers(entry.layers),
             _archs(entry.archs),
             "untuned" if entry.best_us is None else _time(entry.best_us),
@@ -45,7 +45,7 @@ def listing(found: Sequence[Entry], where: str) -> Iterator[str]:
 def _row(*cells: str) -> str:
     key, name, layers, arch, best, roof, registers, size, used = cells
     return (
-        f"{key:8} {name:36} {layers:12} {arch:8} {best:>7} {roof:>4} {registers:>7} {size:>6} {used:>4}"
+        f"{key:8} {name:40} {layers:10} {arch:6} {best:>7} {roof:>4} {registers:>7} {size:>6} {used:>4}"
     ).rstrip()
 
 
@@ -66,7 +66,7 @@ def _layers(layers: Sequence[str]) -> str:
         return "-"
     more = f" +{len(layers) - 1}" if len(layers) > 1 else ""
     first = layers[0] or "(root)"
-    room = 12 - len(more)
+    room = 10 - len(more)
     return (first if len(first) <= room else f"..{first[len(first) - room + 2 :]}") + more
 
 
@@ -75,7 +75,7 @@ def _archs(archs: Sequence[str]) -> str:
         return "-"
     short = [arch.removeprefix("cuda-").removeprefix("hip-") for arch in archs]
     told = ",".join(short)
-    return told if len(told) <= 8 else f"{len(archs)} archs"
+    return told if len(told) <= 6 else f"{len(archs)} gpus"
 
 
 def _registers(entry: Entry) -> str:

@@ -18,7 +18,16 @@ MODEL = """
     import torch
     from torch import nn
 
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32))
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1 = nn.Linear(16, 32)
+            self.fc2 = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.fc2(torch.relu(self.fc1(x)))
+
+    model = Net()
     example_inputs = (torch.randn(3, 16),)
 """
 
@@ -64,8 +73,11 @@ def test_a_bundle_is_filled_and_used(
     for one in told:
         assert one["compiled"] == len(one["misses"]) == len(one["kernels"]) > 8
         assert all(kernel["registers"] > 0 and kernel["size"] > 0 for kernel in one["kernels"])
-    wanted = {("0",), ("2",), ("0", "2"), ()}
+    wanted = {("fc1",), ("fc2",), ("fc1", "fc2"), ()}
     assert {tuple(kernel["layers"]) for one in told for kernel in one["kernels"]} <= wanted
+
+    assert all(str(tmp_path) not in path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
+    assert "model.py:12" in "".join(path.read_text() for path in (tmp_path / "cache").rglob("provenance.json"))
 
     ran = cli(*compiled, *targets, "--json")
     told = json.loads(ran.out)["kernels"]

@@ -67,7 +67,7 @@ class TestLs:
         assert head.split() == ["key", "name", "layers", "arch", "best", "roof", "reg/sp", "size", "used"]
         shown = ["forward_own_h11_s3_k2_r5_fp32", "fc1", "90", "12.5us", "80%", "10/0"]
         assert first.split()[1:7] == shown
-        assert second.split()[1:5] == ["forward_own_h12_s3_k2_r5_fp32", "fc1", "2", "archs"]
+        assert second.split()[1:5] == ["forward_own_h12_s3_k2_r5_fp32", "fc1", "2", "gpus"]
         assert third.startswith(key(root, 2)[:8])
         assert last.startswith("3 kernels, 4 compiled forms, ")
         assert ran.status == 0
