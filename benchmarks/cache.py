@@ -83,12 +83,17 @@ def many_entries(folder: Path, count: int) -> dict[str, float]:
         )
         assert again.find() is not None
 
-    listed = [_seconds(lambda: _morphc("cache", "ls")) for _ in range(3)]
+    listed = [_seconds(lambda: _morphc("cache", "ls")) for _ in range(5)]
+    before = os.times()
+    _morphc("cache", "ls")
+    after = os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
     hits = [1e3 * _seconds(hit) for _ in range(50)]
     leases.release()
     return {
         "entries": len(Cache().entries()),
         "ls_seconds": round(min(listed), 3),
+        "ls_processor_seconds": round(processor, 2),
         "verify_seconds": round(_seconds(lambda: _morphc("cache", "verify")), 3),
         "hit_ms": round(statistics.median(hits), 3),
     }
@@ -120,6 +125,7 @@ def many_processes(folder: Path, count: int) -> dict[str, Any]:
         "--no-verify",
         "--target",
         "cuda:90",
+        "--json",
     ]
     env = {**os.environ, "MORPHC_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()

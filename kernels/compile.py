@@ -159,16 +159,17 @@ def compile_all(
     for job in jobs:
         _check_target(job.target)
     forms = [wanted(job) for job in jobs] if keep else []
-    messages = [_message(job, keep) for job in jobs]
+    # Asked for before any is there: each of this call's own would be nearer to the next than what was kept before.
+    reasons = [form.why() if form.find() is None else () for form in forms]
     if not jobs:
         return []
     count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
     done: dict[Future[dict[str, Any]], int] = {}
     executor = ThreadPoolExecutor(count, thread_name_prefix="morphc-compile")
     try:
-        for at, message in enumerate(messages):
-            run = partial(_POOL.run, message, time_limit)
-            done[executor.submit(_kept, forms[at], run) if keep else executor.submit(run)] = at
+        for at, job in enumerate(jobs):
+            run = partial(_run, job, keep, time_limit)
+            done[executor.submit(_kept, forms[at], reasons[at], run) if keep else executor.submit(run)] = at
         pending: set[Future[dict[str, Any]]] = set(done)
         while pending:
             finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -220,14 +221,13 @@ def wanted(job: Job) -> binaries.Wanted:
     )
 
 
-def _kept(want: binaries.Wanted, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _kept(want: binaries.Wanted, reasons: Sequence[str], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The answer of a worker, or what was kept of one."""
     if (found := want.find()) is None:
         with store.alone(want.root, want.key) as keeping:
             # Whoever held the lock before may have put it there.
             if (found := want.find()) is None:
                 want.refuse_to_compile()
-                reasons = want.why()
                 answer = run()
                 kept = answer.pop("kept", None)
                 binaries.count_miss(want, reasons, answer.get("seconds", 0.0))
@@ -238,6 +238,10 @@ def _kept(want: binaries.Wanted, run: Callable[[], dict[str, Any]]) -> dict[str,
     binaries.count_hit(found)
     told = ("registers", "spills", "shared", "size", "digest", "seconds", "overlaid")
     return {name: found.manifest.details[name] for name in told}
+
+
+def _run(job: Job, keep: bool, time_limit: float) -> dict[str, Any]:
+    return _POOL.run(_message(job, keep), time_limit)
 
 
 def _message(job: Job, keep: bool) -> str:

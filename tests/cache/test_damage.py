@@ -137,6 +137,19 @@ def test_an_entry_that_changes_while_it_is_in_use_is_not_compiled(filled: Path, 
     assert not (tmp_path / "it-was-run").exists()
 
 
+def test_a_forged_file_whose_manifest_fits_is_not_run(filled: Path, tmp_path: Path) -> None:
+    entry = entry_of(filled)
+    told = manifest.read(entry)[0]
+    add_code(entry / "kernel.py", tmp_path)
+    files = {name: (entry / name).read_bytes() for name in told.files}
+    assert manifest.write(entry, "kernel", told.made_from, files, told.details).key == told.key
+    assert Cache(filled).verify() == []
+    forget()
+    with pytest.warns(MorphcWarning, match=r"kernel\.py is not what this morphc writes"):
+        compiled_cache([job(block=256)])
+    assert not (tmp_path / "it-was-run").exists()
+
+
 def test_a_manifest_of_another_kernel_is_refused(fresh_cache: Path) -> None:
     root = fresh_cache / "v1"
     first, second = fake_entry(root, 1), fake_entry(root, 2)
@@ -166,7 +179,7 @@ def test_a_hit_reads_what_was_compiled(filled: Path) -> None:
     with counters.watch() as count:
         (made,) = compiled_cache([job()])
     assert (count.hits, count.misses, count.compiled) == (1, [], 0)
-    assert count.saved == made.seconds > 0
+    assert count.saved == made.seconds
     assert made.size == (binary_of(filled) / "kernel.cubin").stat().st_size
     assert made.registers > 0
 
