@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, launch
+from morphc.kernels import codegen, ladder, launch
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
@@ -185,15 +185,24 @@ class Bound(Protocol):
 
 
 class Forward:
-    """The forward of one spec with one config on one device; its variants are compiled when first called for."""
+    """The forward of one spec with one config on one device; its variants are compiled when first called for.
 
-    __slots__ = ("config", "device", "precision", "processors", "spec", "variants")
+    behind: configs to go on to where one spills.
+    """
+
+    __slots__ = ("behind", "config", "device", "precision", "processors", "spec", "variants")
 
     def __init__(
-        self, spec: KernelSpec, config: TuneConfig, device: torch.device, precision: Precision = "tf32x3"
+        self,
+        spec: KernelSpec,
+        config: TuneConfig,
+        device: torch.device,
+        precision: Precision = "tf32x3",
+        behind: Sequence[TuneConfig] = (),
     ) -> None:
         self.spec = spec
         self.config = config
+        self.behind = behind
         self.device = device
         self.precision = precision
         self.processors = launch.multiprocessors(device)
@@ -229,17 +238,30 @@ class Forward:
         numbers = view.rows, view.stride, view.inner
         variants, on_gpu, divisible = self.variants, self.device.type == "cuda", bits % 16 == 0
         grids: dict[int, tuple[int, int, int]] = {}
+        renewed: Bound | None = None
 
         def call(
             x: Tensor, active: Tensor, params: Sequence[Tensor], stash: Tensor | None, early: bool = False
         ) -> None:
+            nonlocal renewed
+            if renewed is not None:
+                renewed(x, active, params, stash, early)
+                return
             tensors = (x, active, x if stash is None else stash, *params)
             pointers = [tensor.data_ptr() for tensor in tensors]
             bits = 0
             for pointer in pointers:
                 bits |= pointer
             key = (once, stash is not None, even, early, divisible and not bits & 15)
-            launched, most = variants.get(key) or self._prepare(key)
+            found = variants.get(key)
+            if found is None and self.variants is variants:
+                found = self._prepare(key)
+            if found is None:
+                # What is known of the config that spilled is of no use for the next one.
+                renewed = self.bound(view)
+                renewed(x, active, params, stash, early)
+                return
+            launched, most = found
             grid = grids.get(most)
             if grid is None:
                 grid = grids[most] = (groups, blocks, 1) if once else (min(most, groups * blocks), 1, 1)
@@ -254,21 +276,32 @@ class Forward:
             return view.rows // view.inner * cdiv(view.inner, height), view.inner % height == 0
         return cdiv(view.rows, height), view.rows % height == 0
 
-    def _prepare(self, key: tuple[bool, bool, bool, bool, bool]) -> tuple[Launch, int]:
-        """The kernel of a variant, and its programs: no more than run at once, since all are to walk together."""
+    def _prepare(self, key: tuple[bool, bool, bool, bool, bool]) -> tuple[Launch, int] | None:
+        """The kernel of a variant, and its programs: no more than run at once, since all are to walk together.
+
+        None where it spilled, and another config has been taken instead.
+        """
         once, stash, even, early, aligned = key
-        job = forward_job(
-            self.spec,
-            self.config,
-            once=once,
-            stash=stash,
-            even=even,
-            early=early,
-            aligned=aligned,
-            precision=self.precision,
-            target=target_of(self.device),
-        )
-        prepared = launch.prepare_job(job, self.device, pdl=early)
+
+        def prepare(config: TuneConfig) -> launch.Prepared:
+            job = forward_job(
+                self.spec,
+                config,
+                once=once,
+                stash=stash,
+                even=even,
+                early=early,
+                aligned=aligned,
+                precision=self.precision,
+                target=target_of(self.device),
+            )
+            return launch.prepare_job(job, self.device, pdl=early)
+
+        config, prepared = ladder.first_clean(self.config, self.behind, prepare)
+        if config != self.config:
+            self.behind = self.behind[self.behind.index(config) + 1 :]
+            self.config, self.variants = config, {}
+            return None
         at_once = resident(prepared, self.config.num_warps)
         programs = min(self.config.programs or at_once, at_once) * self.processors
         self.variants[key] = prepared.launch, programs
@@ -316,8 +349,10 @@ def list_source() -> Source:
 def list_job(target: str = "cuda:90") -> Job:
     """The list's kernel as `compile_all` takes it."""
     constants = {"OWN": LIST_OWN, "BLOCK": LIST_BLOCK}
+    # The compiler for AMD spills with four.
+    warps = 8 if target.startswith("hip") else 4
     return Job(
-        list_source(), "active_list", _LIST_SIGNATURE, constants, options={"num_warps": 4}, target=target
+        list_source(), "active_list", _LIST_SIGNATURE, constants, options={"num_warps": warps}, target=target
     )
 
 
@@ -328,7 +363,7 @@ class ActiveList:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.prepared = launch.prepare_job(list_job(), device)
+        self.prepared = launch.prepare_job(list_job(target_of(device)), device)
 
     def new(self, slots: int) -> Tensor:
         """An empty list for a bank: nothing is active."""

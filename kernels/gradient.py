@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, launch
+from morphc.kernels import codegen, ladder, launch
 from morphc.kernels.active import DEEPEST, WIDEST, Precision, target_of
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
@@ -37,6 +37,9 @@ from morphc.kernels.templating import cdiv, next_pow2
 
 BLUEPRINTS: Final = ("affine", "bottleneck")
 """Blueprints whose gradients have kernels."""
+
+CROWDED: Final = 128
+"""Features of a chunk up to which every blend's gradients fit a thread's registers, whatever the rank."""
 
 PARTS: Final = 64
 """Ranges of rows that a group is cut into at most, unless a config says otherwise."""
@@ -66,6 +69,7 @@ class Tile(NamedTuple):
     columns: int
     units: int
     group: int
+    pieces: int
     units_first: bool
     dense: bool
 
@@ -77,6 +81,7 @@ class Tile(NamedTuple):
             "COLUMNS": self.columns,
             "UNITS": self.units,
             "GROUP": self.group,
+            "PIECES": self.pieces,
             "UNITS_FIRST": int(self.units_first),
         }
 
@@ -93,6 +98,13 @@ def refuses(spec: KernelSpec) -> str:
         )
     if spec.rank > DEEPEST:
         return f"rank {spec.rank} is above the {DEEPEST} that a tile holds"
+    if spec.blueprint == "bottleneck" and spec.chunk > CROWDED:
+        full, deep = spec.dtype == "float32", spec.rank > 16
+        if (spec.blend == "gate" and (full or deep)) or (spec.blend == "multiply" and full and deep):
+            return (
+                f"gradients of blend {spec.blend!r} with rank {spec.rank} over chunks of {spec.chunk} features in "
+                f"{spec.dtype} take more registers than a thread has; use more seeds, for chunks of {CROWDED} at most"
+            )
     return ""
 
 
@@ -172,18 +184,21 @@ def tile_of(spec: KernelSpec, config: TuneConfig) -> Tile:
     """What `config` makes of `spec`. A dot needs 16 columns and 16 units."""
     pad, deep = next_pow2(spec.chunk), next_pow2(spec.rank)
     if spec.blueprint != "bottleneck":
-        return Tile(config.block_rows, config.group * pad, 1, config.group, False, False)
+        return Tile(config.block_rows, config.group * pad, 1, config.group, config.pieces or 1, False, False)
     group = config.group
     columns = max(16, group * pad)
     units = max(deep, cdiv(16, group))
     if group == 1:
         # Both weight gradients stay in registers: at most 64 floats of a thread's 255, fewer beside a wide tile.
-        units = min(units, 16 if columns > 128 else max(16, 1024 * config.num_warps // columns))
+        most = 16 if columns > 128 else max(16, 1024 * config.num_warps // columns)
+        units = min(units, config.units or most)
+    # A piece is as wide as a dot takes it at least.
+    pieces = min(config.pieces or 1, columns // 16) if group == 1 else 1
     rows = max(16, config.block_rows)
     dense = _may_be_dense(spec) and group * spec.chunk == columns
     # Hopper's tensor cores take float32 only as it lies in memory, which across it doesn't.
-    units_first = spec.dtype != "float32" and group * units >= 64
-    return Tile(rows, columns, units, group, units_first, dense)
+    units_first = spec.dtype != "float32" and group * units >= 64 and pieces == 1
+    return Tile(rows, columns, units, group, pieces, units_first, dense)
 
 
 def default(spec: KernelSpec, rows: int) -> TuneConfig:
@@ -204,7 +219,8 @@ def default(spec: KernelSpec, rows: int) -> TuneConfig:
             return TuneConfig(32, 16, 2, 3, group=group, programs=8)
     if pad >= 64:
         warps = 4 if pad == 64 and not bent else 8
-        return TuneConfig(16 if wide else 32, pad, warps, 3, programs=2)
+        pieces = 8 if wide and pad > 64 else 1
+        return TuneConfig(16 if wide else 32, pad, warps, 3, programs=2, pieces=pieces)
     if wide or pad >= 16:
         return TuneConfig(32, max(16, pad), 4, 3, programs=2)
     group = max(1, min((32 if bent else 64) // next_pow2(spec.rank), 16 // pad))
@@ -343,10 +359,11 @@ def reduce_block(spec: KernelSpec) -> tuple[int, int]:
 class Backward:
     """The backward of one spec with one config on one device; its variants are compiled when first called for.
 
-    copies: whether a call with `copied=False` can be made.
+    copies: whether a call with `copied=False` can be made. behind: configs to go on to where one spills.
     """
 
     __slots__ = (
+        "behind",
         "config",
         "copies",
         "device",
@@ -364,17 +381,23 @@ class Backward:
         config: TuneConfig | None,
         device: torch.device,
         precision: Precision = "tf32x3",
+        behind: Sequence[TuneConfig] = (),
     ) -> None:
         self.spec = spec
-        self.config = config or default(spec, 1)
         self.device = device
         self.precision = precision
-        self.tile = tile_of(spec, self.config)
+        self.behind = behind
         self.copies = copies(spec)
-        self.programs = launch.multiprocessors(device) * max(1, self.config.programs)
+        self._take(config or default(spec, 1))
+        source(spec, device.type == "cpu")
+
+    def _take(self, config: TuneConfig) -> None:
+        """Go by `config` from now on."""
+        self.config = config
+        self.tile = tile_of(self.spec, config)
+        self.programs = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
         self.reducers: dict[tuple[bool, bool, bool], launch.Prepared] = {}
-        source(spec, device.type == "cpu")
 
     def __call__(
         self,
@@ -402,6 +425,7 @@ class Backward:
             if gradient is not None and not add:
                 gradient.zero_()
             return
+        given = dx, dx_view, copied
         even, blocks = blocks_of(self.spec, dy_view, self.tile.rows)
         least = cdiv(blocks, self.config.splits or PARTS)
         groups = cdiv(self.spec.slots, self.tile.group)
@@ -422,6 +446,12 @@ class Backward:
         wide = is_wide(self.tile, self.spec, dy_view, blocks)
         variant = Variant(even, stride, wide, bits % 16 == 0, copied, early)
         prepared = self.variants.get(variant) or self._prepare(variant)
+        if prepared is None:
+            dx, dx_view, copied = given
+            self(
+                dy, dy_view, dx, dx_view, active, params, stash, gradient, copied=copied, add=add, early=early
+            )
+            return
         passed = pointers if self.device.type == "cuda" else tensors
         strides = dy_view.stride, dx_view.stride
         prepared.launch((programs, 1, 1), *passed, dy_view.rows, *strides, dy_view.inner, least)
@@ -432,11 +462,21 @@ class Backward:
         reducer = self.reducers.get((wide, copied, add)) or self._prepare_reduce(wide, copied, add)
         reducer.launch(grid, partial, gradient, active, dy_view.rows, dy_view.inner, programs, least)
 
-    def _prepare(self, variant: Variant) -> launch.Prepared:
+    def _prepare(self, variant: Variant) -> launch.Prepared | None:
+        """The kernel of a variant; None where it spilled, and another config has been taken instead."""
         target = target_of(self.device)
-        job = backward_job(self.spec, self.config, variant, precision=self.precision, target=target)
-        self.variants[variant] = launch.prepare_job(job, self.device, pdl=variant.early)
-        return self.variants[variant]
+
+        def prepare(config: TuneConfig) -> launch.Prepared:
+            job = backward_job(self.spec, config, variant, precision=self.precision, target=target)
+            return launch.prepare_job(job, self.device, pdl=variant.early)
+
+        config, prepared = ladder.first_clean(self.config, self.behind, prepare)
+        if config != self.config:
+            self.behind = self.behind[self.behind.index(config) + 1 :]
+            self._take(config)
+            return None
+        self.variants[variant] = prepared
+        return prepared
 
     def _prepare_reduce(self, wide: bool, copied: bool, add: bool) -> launch.Prepared:
         target = target_of(self.device)

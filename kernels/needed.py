@@ -1,56 +1,103 @@
-"""Every kernel that a plan needs, to be compiled ahead of time or counted."""
+"""Every kernel that a plan needs, compiled ahead of time or counted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from morphc.kernels import active, devices, gradient, lifecycle, telemetry, training, tuning
-from morphc.kernels.compile import Job
-from morphc.kernels.spec import KernelSpec
+from morphc.kernels import active, devices, gradient, ladder, lifecycle, telemetry, training, tuning
+from morphc.kernels.compile import TIME_LIMIT, Failure, Job, Resources, compile_all
+from morphc.kernels.spec import KernelSpec, TuneConfig
 
 
-def needed(specs: Iterable[KernelSpec], rows: int, target: str) -> list[Job]:
-    """The kernels of `specs`, those of telemetry on the same sites, and those of every model, each once.
+@dataclass(frozen=True)
+class Need:
+    """Kernels that share a config: the first one of `configs` with which none of them has a problem."""
 
-    rows: of an activation; they decide the tiles where none were tuned. target: `cuda:90`, `hip:gfx942`. A spec
-    that has no kernels, and runs in torch, needs none.
+    configs: Sequence[TuneConfig | None]
+    jobs: Callable[[TuneConfig | None], Sequence[Job]]
+
+
+def compile_needed(
+    specs: Iterable[KernelSpec], rows: int, target: str, time_limit: float = TIME_LIMIT
+) -> list[tuple[Job, Resources | Failure]]:
+    """Compile the kernels of `specs`, those of telemetry on the same sites, and those of every model, each once.
+
+    rows: of an activation; they decide the tiles where none were tuned. target: `cuda:90`, `hip:gfx942`. Where a
+    config spills, the next one is tried, as it is when the kernel is launched; where all do, the last one's are
+    told. A spec that has no kernels, and runs in torch, needs none.
     """
+    known: dict[object, tuple[Job, Resources | Failure]] = {}
+    settled: dict[object, None] = {}
+    left = [(need, 0) for need in needs(specs, rows, target)]
+    while left:
+        tried = [
+            [dataclasses.replace(job, target=target) for job in need.jobs(need.configs[at])]
+            for need, at in left
+        ]
+        fresh = {_key(job): job for jobs in tried for job in jobs if _key(job) not in known}
+        found = compile_all(list(fresh.values()), time_limit=time_limit)
+        known |= {key: (job, each) for (key, job), each in zip(fresh.items(), found, strict=True)}
+        further = []
+        for (need, at), jobs in zip(left, tried, strict=True):
+            if any(known[_key(job)][1].problem for job in jobs) and at + 1 < len(need.configs):
+                further.append((need, at + 1))
+            else:
+                settled |= dict.fromkeys(map(_key, jobs))
+        left = further
+    return [known[key] for key in settled]
+
+
+def needs(specs: Iterable[KernelSpec], rows: int, target: str) -> list[Need]:
+    """What `compile_needed` compiles."""
     specs = list(specs)
-    jobs = [active.list_job(target), lifecycle.lifecycle_job(False), lifecycle.report_job()]
+    common = [active.list_job(target), lifecycle.lifecycle_job(False), lifecycle.report_job()]
+    found = [Need((None,), lambda config: common)]
     for spec in specs:
-        jobs += _of_bank(spec, rows, target)
+        found += _of_bank(spec, rows, target)
     for watched in dict.fromkeys(map(_watched, specs)):
-        jobs += _of_telemetry(watched, rows, target)
-    found: dict[object, Job] = {}
-    for job in jobs:
-        key = (job.source.key, job.function, *map(str, (job.signature, job.constants, job.options)))
-        found.setdefault(key, dataclasses.replace(job, target=target))
-    return list(found.values())
+        found += _of_telemetry(watched, rows, target)
+    return found
 
 
-def _of_bank(spec: KernelSpec, rows: int, target: str) -> list[Job]:
+def _key(job: Job) -> object:
+    return job.source.key, job.function, *map(str, (job.signature, job.constants, job.options))
+
+
+def _of_bank(spec: KernelSpec, rows: int, target: str) -> list[Need]:
     """A bank's kernels of the spec's kind."""
     if active.refuses(spec) or gradient.refuses(spec):
         return []
-    if spec.kind == "forward":
-        config = tuning.choose(spec, rows, devices.parse(target))
-        return [active.forward_job(spec, config, stash=True, target=target)]
-    if spec.kind == "backward":
-        config = tuning.lookup(spec, rows) or gradient.default(spec, rows)
-        return [
-            gradient.backward_job(spec, config, target=target),
-            gradient.reduce_job(spec, config, target=target),
-        ]
-    if spec.kind == "train":
-        config = tuning.lookup(spec, rows) or training.default(spec, rows)
+
+    def jobs(config: TuneConfig | None) -> list[Job]:
+        assert config is not None
+        if spec.kind == "forward":
+            return [active.forward_job(spec, config, stash=True, target=target)]
+        if spec.kind == "backward":
+            return [
+                gradient.backward_job(spec, config, target=target),
+                gradient.reduce_job(spec, config, target=target),
+            ]
+        if training.refuses(spec):
+            return [training.adamw_job(spec, config, sums=False, target=target)]
         return [
             training.train_job(spec, config, target=target),
             *(training.adamw_job(spec, config, sums=sums, target=target) for sums in (False, True)),
         ]
-    return []
+
+    timed = tuning.lookup(spec, rows)
+    if timed is not None:
+        return [Need((timed,), jobs)]
+    if spec.kind == "forward":
+        first = tuning.choose(spec, rows, devices.parse(target))
+    elif spec.kind in ("backward", "train"):
+        first = gradient.default(spec, rows)
+    else:
+        return []
+    return [Need((first, *ladder.rungs(spec, first)), jobs)]
 
 
 def _watched(spec: KernelSpec) -> KernelSpec:
@@ -59,13 +106,14 @@ def _watched(spec: KernelSpec) -> KernelSpec:
     return telemetry.spec_of(spec.features, spec.seeds, dtype, spec.layout, spec.epilogue)
 
 
-def _of_telemetry(spec: KernelSpec, rows: int, target: str) -> list[Job]:
+def _of_telemetry(spec: KernelSpec, rows: int, target: str) -> list[Need]:
     if telemetry.refuses(spec):
         return []
     processors = tuning.processors(devices.parse(target))
     config = tuning.lookup(spec, rows) or telemetry.choose(spec, rows, processors)
-    return [
+    jobs = [
         telemetry.job(spec, config, target=target),
         telemetry.merge_job(spec, target=target),
         telemetry.shift_job(spec, target=target),
     ]
+    return [Need((config,), lambda config: jobs)]

@@ -11,12 +11,12 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from morphc.kernels import active, gradient, tap_join, tap_step, training, tuning
+from morphc.kernels import active, gradient, ladder, tap_join, tap_step, training, tuning
 from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
 from morphc.kernels.compile import SHARED_LIMITS
 from morphc.kernels.layout import View, Walk, view_of
 from morphc.kernels.reference.active_list import length
-from morphc.kernels.spec import KernelSpec
+from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.tap import plan
 from morphc.kernels.tap_join import TapSeeds
 
@@ -99,7 +99,9 @@ class BankKernels(ListedBank):
         if kernel is None:
             spec = replace(self.spec, kind="forward")
             config = tuning.choose(spec, view.rows)
-            kernel = self._forward[bucket] = active.Forward(spec, config, self.device, _precision())
+            behind = _behind(spec, view.rows, config)
+            kernel = active.Forward(spec, config, self.device, _precision(), behind)
+            self._forward[bucket] = kernel
         return kernel
 
     def backward(
@@ -122,7 +124,9 @@ class BankKernels(ListedBank):
             spec = replace(self.spec, kind="backward")
             config = tuning.lookup(spec, dy_view.rows)
             config = config or gradient.default(spec, dy_view.rows)
-            kernel = self._backward[bucket] = gradient.Backward(spec, config, self.device, _precision())
+            behind = _behind(spec, dy_view.rows, config)
+            kernel = gradient.Backward(spec, config, self.device, _precision(), behind)
+            self._backward[bucket] = kernel
         size = self.spec.slots * gradient.gradient_size(self.spec)
         flat = torch.empty(size, dtype=torch.float32, device=self.device)
         if isolated_only:
@@ -247,6 +251,11 @@ class Like(NamedTuple):
             view = view_of(grad, self.axis)
         assert view is not None
         return grad, view
+
+
+def _behind(spec: KernelSpec, rows: int, config: TuneConfig) -> tuple[TuneConfig, ...]:
+    """Configs to go on to where `config` spills: none where it was timed, which it then was with its spills."""
+    return () if tuning.lookup(spec, rows) else ladder.rungs(spec, config)
 
 
 def _precision() -> active.Precision:

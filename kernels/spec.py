@@ -100,7 +100,9 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     block_rows, block_cols: tile of one program. num_warps, num_stages: Triton's own. group: listed chunks that
     share a tile (P). programs: grid of a persistent kernel, in programs per multiprocessor. splits: row splits
-    of a grid that isn't persistent; 0 leaves them to the host module. maxnreg: cap on registers a thread.
+    of a grid that isn't persistent; 0 leaves them to the host module. maxnreg: cap on registers a thread. units:
+    hidden units of a chunk that are walked at a time, pieces: into which the columns of a chunk are cut, of kernels
+    that can; 0 leaves them to the host module.
     """
 
     block_rows: int
@@ -111,6 +113,8 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     programs: int = 0
     splits: int = 0
     maxnreg: int | None = None
+    units: int = 0
+    pieces: int = 0
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

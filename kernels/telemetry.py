@@ -203,7 +203,9 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
         height = max(1, 32 * warps * full * loads // width)
         tiles = cdiv(spec.features, width)
         splits = max(1, min(round(programs / tiles), cdiv(rows, height)))
-        return TuneConfig(height, width, warps, 2, splits=splits)
+        # Left alone, ptxas spills a register there, on capability 8.0, to fit one more warp into a multiprocessor.
+        tall = spec.layout == "channels_first" and spec.chunk > 64 and spec.dtype == "float32"
+        return TuneConfig(height, width, warps, 2, splits=splits, maxnreg=128 if tall else None)
 
     found: list[TuneConfig] = []
     if values <= 1 << 22:

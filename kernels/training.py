@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, gradient, launch
+from morphc.kernels import codegen, gradient, ladder, launch
 from morphc.kernels.active import Precision, target_of
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
@@ -83,6 +83,19 @@ def source(spec: KernelSpec, interpreted: bool) -> Source:
     )
 
 
+def refuses(spec: KernelSpec) -> str:
+    """Why `train` has no kernel for `spec`, or an empty string; `adamw` may have one all the same."""
+    if reason := gradient.refuses(spec):
+        return reason
+    crowded = spec.blueprint == "bottleneck" and spec.chunk > gradient.CROWDED
+    if crowded and spec.dtype == "float32":
+        return (
+            f"isolated training over chunks of {spec.chunk} features in float32 takes more registers than a thread "
+            f"has; use more seeds, for chunks of {gradient.CROWDED} at most"
+        )
+    return ""
+
+
 def default(spec: KernelSpec, rows: int) -> TuneConfig:
     """A config that spills on no target, where none was tuned."""
     return gradient.default(spec, rows)
@@ -96,7 +109,12 @@ def train_job(
     precision: Precision = "tf32x3",
     target: str = "cuda:90",
 ) -> Job:
-    """`train` as `compile_all` and `launch.prepare` take it. target: `cpu` for the interpreter."""
+    """`train` as `compile_all` and `launch.prepare` take it. target: `cpu` for the interpreter.
+
+    Raises UnsupportedKernelError where `refuses` names a reason.
+    """
+    if reason := refuses(spec):
+        raise UnsupportedKernelError(f"{spec.name}: {reason}")
     variant = variant or Variant(False, False, 16, False, True)
     item = f"*{launch.triton_type(getattr(torch, spec.dtype))}"
     params = {f"{param.name}_ptr": "*fp32" for param in gradient.params_of(spec)}
@@ -159,9 +177,12 @@ def _floats(spec: KernelSpec, sums: bool) -> int:
 
 
 class Trainer:
-    """The training of one spec with one config on one device; kernels are compiled when first called for."""
+    """The training of one spec with one config on one device; kernels are compiled when first called for.
 
-    __slots__ = ("config", "device", "precision", "spec", "steppers", "tile", "variants", "workers")
+    behind: configs to go on to where one spills.
+    """
+
+    __slots__ = ("behind", "config", "device", "precision", "spec", "steppers", "tile", "variants", "workers")
 
     def __init__(
         self,
@@ -169,16 +190,22 @@ class Trainer:
         config: TuneConfig | None,
         device: torch.device,
         precision: Precision = "tf32x3",
+        behind: Sequence[TuneConfig] = (),
     ) -> None:
         self.spec = spec
-        self.config = config or default(spec, 1)
         self.device = device
         self.precision = precision
-        self.tile = gradient.tile_of(spec, self.config)
-        self.workers = launch.multiprocessors(device) * max(1, self.config.programs)
+        self.behind = behind
+        self._take(config or default(spec, 1))
+        source(spec, device.type == "cpu")
+
+    def _take(self, config: TuneConfig) -> None:
+        """Go by `config` from now on."""
+        self.config = config
+        self.tile = gradient.tile_of(self.spec, config)
+        self.workers = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
         self.steppers: dict[tuple[bool, bool], launch.Prepared] = {}
-        source(spec, device.type == "cpu")
 
     def step(self, active: Tensor, bank: Bank, gradients: Sequence[Tensor], rates: Rates) -> None:
         """AdamW of every slot that trains, listed or not. gradients: of the bank's parameters [K, ...], in order."""
@@ -219,6 +246,9 @@ class Trainer:
         wide = gradient.is_wide(self.tile, self.spec, view, blocks)
         variant = Variant(live, even, stride, wide, bits % 16 == 0)
         kernel = self.variants.get(variant) or self._prepare(variant)
+        if kernel is None:
+            self.reconstruct(x, view, active, bank, loss, rates, live=live)
+            return
         numbers = (view.rows, view.stride, view.inner, workers, least)
         kernel.launch((workers, 1, 1), x, active, *bank.params, partial, bank.step, *numbers)
         across = cdiv(gradient.row_size(self.spec, extra=1), _floats(self.spec, True))
@@ -232,11 +262,21 @@ class Trainer:
             found += each
         return [*found, bank.step]
 
-    def _prepare(self, variant: Variant) -> launch.Prepared:
+    def _prepare(self, variant: Variant) -> launch.Prepared | None:
+        """The kernel of a variant; None where it spilled, and another config has been taken instead."""
         target = target_of(self.device)
-        job = train_job(self.spec, self.config, variant, precision=self.precision, target=target)
-        self.variants[variant] = launch.prepare_job(job, self.device)
-        return self.variants[variant]
+
+        def prepare(config: TuneConfig) -> launch.Prepared:
+            job = train_job(self.spec, config, variant, precision=self.precision, target=target)
+            return launch.prepare_job(job, self.device)
+
+        config, prepared = ladder.first_clean(self.config, self.behind, prepare)
+        if config != self.config:
+            self.behind = self.behind[self.behind.index(config) + 1 :]
+            self._take(config)
+            return None
+        self.variants[variant] = prepared
+        return prepared
 
     def _stepper(self, sums: bool, wide: bool) -> launch.Prepared:
         if (sums, wide) not in self.steppers:

@@ -144,6 +144,15 @@ def _worker_of(block, total, workers):
 
 
 @triton.jit
+def _added(total, tile):
+    """total [rows, columns] + tile, of which each row is a sum of its own, or all are one."""
+    if total.shape[0] == 1:
+        return total + tl.sum(tile, axis=0)[None, :]
+    else:
+        return total + tile
+
+
+@triton.jit
 def _saved(first, number, place, column, rows, ROWS: tl.constexpr):
     """Where a tile starts in the saved chunks, and its elements from there. number: of its first row."""
     row = tl.arange(0, ROWS)
@@ -193,6 +202,7 @@ def _walk(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     DX: tl.constexpr,
     DW: tl.constexpr,
@@ -226,10 +236,12 @@ def _walk(
     place = position - first
     if WIDE:
         place = place.to(tl.int64)
+    # Rows of sums over rows: where registers are scarce they are added up block by block.
+    SUMS: tl.constexpr = 1 if PIECES > 1 else ROWS
     scale = tl.load(scale_ptr + column_start, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + column_start, mask=inside, other=0.0)
-    d_scale = tl.zeros([ROWS, COLUMNS], tl.float32)
-    d_shift = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d_scale = tl.zeros([SUMS, COLUMNS], tl.float32)
+    d_shift = tl.zeros([SUMS, COLUMNS], tl.float32)
 
     # Without it there would be a way around the loop, on which nothing is multiplied, and ptxas would wait for every
     # single product in it.
@@ -254,8 +266,8 @@ def _walk(
             inward = ds.to(tl.float32) * scale[None, :]
             inward += direct
         if DW:
-            d_scale += ds.to(tl.float32) * x.to(tl.float32)
-            d_shift += ds.to(tl.float32)
+            d_scale = _added(d_scale, ds.to(tl.float32) * x.to(tl.float32))
+            d_shift = _added(d_shift, ds.to(tl.float32))
         if DX:
             start, row, live, number = _block(block, rows, dx_stride, inner, ROWS)
             there = blends[None, :]
@@ -296,6 +308,7 @@ def backward(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -351,24 +364,24 @@ def backward(
                             stash_ptr, read_ptr, dx_ptr, list_ptr, scale_ptr, shift_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, False, True, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     elif trains:
                         finite = _walk(
                             stash_ptr, read_ptr, dx_ptr, list_ptr, scale_ptr, shift_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, True, True, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     else:
                         finite = _walk(
                             stash_ptr, read_ptr, dx_ptr, list_ptr, scale_ptr, shift_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, True, False, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     broken = broken | ~finite
 

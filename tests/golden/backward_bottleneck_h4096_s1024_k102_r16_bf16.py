@@ -191,8 +191,17 @@ def _bias(
 
 
 @triton.jit
-def _to_units(x, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _pieces(tile, PIECES: tl.constexpr):
+    """[rows, columns] -> [PIECES, rows, columns of a piece]."""
+    return tl.permute(tl.reshape(tile, [tile.shape[0], PIECES, tile.shape[1] // PIECES]), (1, 0, 2))
+
+
+@triton.jit
+def _to_units(x, weight, PIECES: tl.constexpr, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """Hidden values of a tile."""
+    if PIECES > 1:
+        weights = tl.permute(_pieces(weight, PIECES), (0, 2, 1))
+        return tl.sum(tl.dot(_pieces(x, PIECES), weights, input_precision=PRECISION), axis=0)
     if UNITS_FIRST:
         return tl.dot(weight, tl.trans(x), input_precision=PRECISION)
     else:
@@ -200,8 +209,12 @@ def _to_units(x, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _to_columns(hidden, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _to_columns(hidden, weight, PIECES: tl.constexpr, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of hidden values."""
+    if PIECES > 1:
+        each = tl.broadcast_to(hidden[None, :, :], [PIECES, hidden.shape[0], hidden.shape[1]])
+        tiles = tl.dot(each, _pieces(weight, PIECES), input_precision=PRECISION)
+        return tl.reshape(tl.permute(tiles, (1, 0, 2)), [hidden.shape[0], weight.shape[1]])
     if UNITS_FIRST:
         return tl.dot(tl.trans(hidden), weight, input_precision=PRECISION)
     else:
@@ -215,6 +228,15 @@ def _over_rows(hidden, x, total, UNITS_FIRST: tl.constexpr, PRECISION: tl.conste
         return tl.dot(hidden, x, total, input_precision=PRECISION)
     else:
         return tl.dot(tl.trans(x), hidden, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _added(total, tile):
+    """total [rows, columns] + tile, of which each row is a sum of its own, or all are one."""
+    if total.shape[0] == 1:
+        return total + tl.sum(tile, axis=0)[None, :]
+    else:
+        return total + tile
 
 
 @triton.jit
@@ -269,6 +291,7 @@ def _walk(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     DX: tl.constexpr,
     DW: tl.constexpr,
@@ -302,6 +325,8 @@ def _walk(
     place = position - first
     if WIDE:
         place = place.to(tl.int64)
+    # Rows of sums over rows: where registers are scarce they are added up block by block.
+    SUMS: tl.constexpr = 1 if PIECES > 1 else ROWS
     SLICED: tl.constexpr = UNITS < RANK
     in_start = column_start * RANK
     out_start = slot * (CHUNK * RANK) + column
@@ -325,11 +350,11 @@ def _walk(
         d_in_weight = tl.zeros([COLUMNS, GROUP * UNITS], tl.float32)
         d_out_weight = tl.zeros([COLUMNS, GROUP * UNITS], tl.float32)
         d_in_bias = tl.zeros([ROWS, GROUP * UNITS], tl.float32)
-    BY_PRODUCT: tl.constexpr = COLUMNS >= 64
+    BY_PRODUCT: tl.constexpr = COLUMNS >= 64 and PIECES == 1
     if BY_PRODUCT:
         d_out_bias = tl.zeros([COLUMNS, 16], tl.float32)
     else:
-        d_out_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+        d_out_bias = tl.zeros([SUMS, COLUMNS], tl.float32)
     ones = tl.full([ROWS, 16], 1.0, tl.bfloat16)
     if DX and not DW:
         doubt = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -346,10 +371,10 @@ def _walk(
         x = _take(x_ptr + saved + at, there, MASKED)
         dy = _take(dy_ptr + start + _offsets(row, feature, dy_stride, inner), there, MASKED)
         if DW or not SLICED:
-            h = _to_units(x, in_weight, UNITS_FIRST, PRECISION) - minus_bias
+            h = _to_units(x, in_weight, PIECES, UNITS_FIRST, PRECISION) - minus_bias
         ds = dy
         if DW or not SLICED:
-            dg = _to_units(ds, out_weight, UNITS_FIRST, PRECISION)
+            dg = _to_units(ds, out_weight, PIECES, UNITS_FIRST, PRECISION)
             value, slope = _gelu_and_slope(h, FAST)
             value = value.to(tl.bfloat16)
             wide_dh = dg * slope
@@ -357,7 +382,7 @@ def _walk(
         if DX:
             if SLICED:
                 inward = tl.zeros([ROWS, COLUMNS], tl.float32)
-                for unit in range(0, RANK, UNITS):
+                for unit in tl.range(0, RANK, UNITS, disable_licm=True):
                     in_weight_of = _weight(
                         in_weight_ptr, in_start, 1, inside, unit, veil, UNITS, GROUP, COLUMNS
                     ).to(tl.bfloat16)
@@ -370,12 +395,14 @@ def _walk(
                         in_bias_ptr, list_ptr, first, count, alone, unit, veil, UNITS, GROUP
                     )
                     minus_bias_of = minus_bias_of[:, None] if UNITS_FIRST else minus_bias_of[None, :]
-                    h = _to_units(x, in_weight_of, UNITS_FIRST, PRECISION) - minus_bias_of
+                    h = _to_units(x, in_weight_of, PIECES, UNITS_FIRST, PRECISION) - minus_bias_of
                     value, slope = _gelu_and_slope(h, FAST)
-                    dg = _to_units(ds, out_weight_of, UNITS_FIRST, PRECISION)
-                    inward += _to_columns((dg * slope).to(tl.bfloat16), in_weight_of, UNITS_FIRST, PRECISION)
+                    dg = _to_units(ds, out_weight_of, PIECES, UNITS_FIRST, PRECISION)
+                    inward += _to_columns(
+                        (dg * slope).to(tl.bfloat16), in_weight_of, PIECES, UNITS_FIRST, PRECISION
+                    )
             else:
-                inward = _to_columns(dh, in_weight, UNITS_FIRST, PRECISION)
+                inward = _to_columns(dh, in_weight, PIECES, UNITS_FIRST, PRECISION)
             if not DW:
                 doubt += inward * 0.0
             inward += dy.to(tl.float32)
@@ -389,7 +416,7 @@ def _walk(
             if BY_PRODUCT:
                 d_out_bias = tl.dot(tl.trans(ds), ones, d_out_bias)
             else:
-                d_out_bias += ds.to(tl.float32)
+                d_out_bias = _added(d_out_bias, ds.to(tl.float32))
         if DX:
             start, row, live, number = _block(block, rows, dx_stride, inner, ROWS)
             there = blends[None, :]
@@ -457,6 +484,7 @@ def backward(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -506,7 +534,8 @@ def backward(
                         # What the first walk spoilt is still as it was in dy.
                         read_ptr = tl.where(alone < 0, dx_ptr, dy_ptr)
                         read_stride = tl.where(alone < 0, dx_stride, dy_stride)
-                    if UNITS < RANK:
+                    # One walk for both would be done with fewer reads and more registers.
+                    if UNITS < RANK or PIECES > 1:
                         if trains:
                             for unit in tl.range(0, RANK, UNITS, disable_licm=True):
                                 finite = _walk(
@@ -514,8 +543,8 @@ def backward(
                                     out_weight_ptr, out_bias_ptr, mine_ptr,
                                     first, count, blending, alone, unit, first_block, last_block, rows,
                                     read_stride, dx_stride, inner,
-                                    ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, False, True, False, EVEN, WIDE,
-                                    FAST, PRECISION,
+                                    ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False,
+                                    EVEN, WIDE, FAST, PRECISION,
                                 )
                         if first < blending:
                             finite = _walk(
@@ -523,8 +552,8 @@ def backward(
                                 out_weight_ptr, out_bias_ptr, mine_ptr,
                                 first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                                 dx_stride, inner,
-                                ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, True, False, False, EVEN, WIDE,
-                                FAST, PRECISION,
+                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, EVEN,
+                                WIDE, FAST, PRECISION,
                             )
                         finite = first >= 0
                     elif first >= blending:
@@ -533,8 +562,8 @@ def backward(
                             out_bias_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, False, True, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     elif trains:
                         finite = _walk(
@@ -542,8 +571,8 @@ def backward(
                             out_bias_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, True, True, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     else:
                         finite = _walk(
@@ -551,8 +580,8 @@ def backward(
                             out_bias_ptr, mine_ptr,
                             first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, True, False, False, EVEN, WIDE, FAST,
-                            PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, EVEN, WIDE,
+                            FAST, PRECISION,
                         )
                     broken = broken | ~finite
 

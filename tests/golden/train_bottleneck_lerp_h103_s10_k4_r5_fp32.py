@@ -198,8 +198,17 @@ def _bias(
 
 
 @triton.jit
-def _to_units(x, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _pieces(tile, PIECES: tl.constexpr):
+    """[rows, columns] -> [PIECES, rows, columns of a piece]."""
+    return tl.permute(tl.reshape(tile, [tile.shape[0], PIECES, tile.shape[1] // PIECES]), (1, 0, 2))
+
+
+@triton.jit
+def _to_units(x, weight, PIECES: tl.constexpr, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """Hidden values of a tile."""
+    if PIECES > 1:
+        weights = tl.permute(_pieces(weight, PIECES), (0, 2, 1))
+        return tl.sum(tl.dot(_pieces(x, PIECES), weights, input_precision=PRECISION), axis=0)
     if UNITS_FIRST:
         return tl.dot(weight, tl.trans(x), input_precision=PRECISION)
     else:
@@ -207,8 +216,12 @@ def _to_units(x, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _to_columns(hidden, weight, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _to_columns(hidden, weight, PIECES: tl.constexpr, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of hidden values."""
+    if PIECES > 1:
+        each = tl.broadcast_to(hidden[None, :, :], [PIECES, hidden.shape[0], hidden.shape[1]])
+        tiles = tl.dot(each, _pieces(weight, PIECES), input_precision=PRECISION)
+        return tl.reshape(tl.permute(tiles, (1, 0, 2)), [hidden.shape[0], weight.shape[1]])
     if UNITS_FIRST:
         return tl.dot(tl.trans(hidden), weight, input_precision=PRECISION)
     else:
@@ -222,6 +235,15 @@ def _over_rows(hidden, x, total, UNITS_FIRST: tl.constexpr, PRECISION: tl.conste
         return tl.dot(hidden, x, total, input_precision=PRECISION)
     else:
         return tl.dot(tl.trans(x), hidden, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _added(total, tile):
+    """total [rows, columns] + tile, of which each row is a sum of its own, or all are one."""
+    if total.shape[0] == 1:
+        return total + tl.sum(tile, axis=0)[None, :]
+    else:
+        return total + tile
 
 
 @triton.jit
@@ -273,6 +295,7 @@ def _walk(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     LIVE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -299,6 +322,8 @@ def _walk(
     place = position - first
     if WIDE:
         place = place.to(tl.int64)
+    # Rows of sums over rows: where registers are scarce they are added up block by block.
+    SUMS: tl.constexpr = 1 if PIECES > 1 else ROWS
     SLICED: tl.constexpr = UNITS < RANK
     in_start = column_start * RANK
     out_start = slot * (CHUNK * RANK) + column
@@ -326,8 +351,8 @@ def _walk(
     if BY_PRODUCT:
         d_out_bias = tl.zeros([COLUMNS, 16], tl.float32)
     else:
-        d_out_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    loss = tl.zeros([ROWS, COLUMNS], tl.float32)
+        d_out_bias = tl.zeros([SUMS, COLUMNS], tl.float32)
+    loss = tl.zeros([SUMS, COLUMNS], tl.float32)
 
     # Without it there would be a way around the loop, on which nothing is multiplied, and ptxas would wait for every
     # single product in it.
@@ -344,7 +369,7 @@ def _walk(
         x = _take(x_ptr + saved + at, there, MASKED)
         if SLICED:
             s = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for unit in range(0, RANK, UNITS):
+            for unit in tl.range(0, RANK, UNITS, disable_licm=True):
                 in_weight_of = _weight(
                     in_weight_ptr, in_start, 1, inside, unit, veil, UNITS, GROUP, COLUMNS
                 ).to(tl.float32)
@@ -355,29 +380,29 @@ def _walk(
                 minus_bias_of = -_bias(in_bias_ptr, list_ptr, first, count, alone, unit, veil, UNITS, GROUP)
                 minus_bias_of = minus_bias_of[:, None] if UNITS_FIRST else minus_bias_of[None, :]
                 value, slope = _gelu_and_slope(
-                    _to_units(x, in_weight_of, UNITS_FIRST, PRECISION) - minus_bias_of, FAST
+                    _to_units(x, in_weight_of, PIECES, UNITS_FIRST, PRECISION) - minus_bias_of, FAST
                 )
-                s += _to_columns(value.to(tl.float32), out_weight_of, UNITS_FIRST, PRECISION)
+                s += _to_columns(value.to(tl.float32), out_weight_of, PIECES, UNITS_FIRST, PRECISION)
             s = s - minus_out_bias[None, :]
         if True or not SLICED:
-            h = _to_units(x, in_weight, UNITS_FIRST, PRECISION) - minus_bias
+            h = _to_units(x, in_weight, PIECES, UNITS_FIRST, PRECISION) - minus_bias
             value, slope = _gelu_and_slope(h, FAST)
             value = value.to(tl.float32)
         if not SLICED:
-            s = _to_columns(value, out_weight, UNITS_FIRST, PRECISION) - minus_out_bias[None, :]
+            s = _to_columns(value, out_weight, PIECES, UNITS_FIRST, PRECISION) - minus_out_bias[None, :]
         # Selected: what a row or a column of padding comes to is not zero.
         miss = tl.where(there, s - x.to(tl.float32), 0.0)
-        loss += miss * miss
+        loss = _added(loss, miss * miss)
         ds = miss.to(tl.float32)
         if True or not SLICED:
-            dg = _to_units(ds, out_weight, UNITS_FIRST, PRECISION)
+            dg = _to_units(ds, out_weight, PIECES, UNITS_FIRST, PRECISION)
             wide_dh = dg * slope
             dh = wide_dh.to(tl.float32)
         if True:
             d_out_weight = _over_rows(value, ds, d_out_weight, UNITS_FIRST, PRECISION)
             d_in_weight = _over_rows(dh, x, d_in_weight, UNITS_FIRST, PRECISION)
             d_in_bias += wide_dh
-            d_out_bias += ds.to(tl.float32)
+            d_out_bias = _added(d_out_bias, ds.to(tl.float32))
 
     if True:
         lane = tl.arange(0, COLUMNS) + late
@@ -437,6 +462,7 @@ def train(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     LIVE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -477,7 +503,8 @@ def train(
                                 mine_ptr,
                                 first, count, count, alone, unit, first_block, last_block, rows, stride,
                                 inner,
-                                ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, LIVE, EVEN, WIDE, FAST, PRECISION,
+                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, LIVE, EVEN, WIDE, FAST,
+                                PRECISION,
                             )
                         finite = first >= 0
                     else:
@@ -485,7 +512,8 @@ def train(
                             x_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr,
                             mine_ptr,
                             first, count, count, alone, 0, first_block, last_block, rows, stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, UNITS_FIRST, LIVE, EVEN, WIDE, FAST, PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, LIVE, EVEN, WIDE, FAST,
+                            PRECISION,
                         )
                     broken = broken | ~finite
             if first_block == 0:

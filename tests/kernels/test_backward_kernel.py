@@ -134,6 +134,22 @@ def test_hidden_units_that_do_not_fit_are_walked_some_at_a_time() -> None:
         check(made, config)
 
 
+@pytest.mark.parametrize("blend", BLENDS)
+@pytest.mark.parametrize("units", [0, 16])
+def test_a_wide_chunk_can_be_cut_into_pieces(blend: str, units: int) -> None:
+    # Other seeds leave a gate almost shut, and of its gradient no digits.
+    made = case(77, 2, 2, 20, rows=21, blend=blend, states=(L.FINE_TUNING, L.TRAINING), seed=1)
+    config = msgspec.structs.replace(tuned(warps=8), pieces=4, units=units)
+    tile = gradient.tile_of(made.spec, config)
+    assert (tile.pieces, tile.units) == (4, units or 32)
+    check(made, config)
+
+
+def test_pieces_of_16_bits_are_within_their_bound() -> None:
+    made = case(77, 2, 2, 20, rows=21, blend="gate", dtype=torch.bfloat16, seed=1)
+    check(made, msgspec.structs.replace(tuned(), pieces=4))
+
+
 def test_offsets_beyond_31_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient, "is_wide", lambda *_: True)
     check(case(20, 5, 5, 3, rows=40), tuned(group=2))
@@ -311,3 +327,27 @@ def test_defaults_compile_for_an_h200_without_spills() -> None:
     for found in compile_all(jobs, processes=1):
         assert isinstance(found, Resources), found
         assert not found.problem
+
+
+@pytest.mark.parametrize(
+    ("chunk", "rank", "blend", "dtype", "named"),
+    [
+        (192, 16, "gate", "float32", "blend 'gate' with rank 16 over chunks of 192 features in float32"),
+        (192, 32, "gate", "bfloat16", "blend 'gate' with rank 32 over chunks of 192 features in bfloat16"),
+        (256, 32, "multiply", "float32", "use more seeds, for chunks of 128 at most"),
+        (192, 16, "gate", "bfloat16", ""),
+        (128, 32, "gate", "float32", ""),
+        (256, 16, "multiply", "float32", ""),
+        (256, 32, "lerp", "float32", ""),
+    ],
+)
+def test_chunks_too_wide_for_a_thread_s_registers_are_refused(
+    chunk: int, rank: int, blend: str, dtype: str, named: str
+) -> None:
+    spec = case(24, 6, 5, 3).spec
+    spec = msgspec.structs.replace(
+        spec, features=2 * chunk, seeds=2, chunk=chunk, rank=rank, blend=blend, dtype=dtype
+    )
+    reason = gradient.refuses(spec)
+    assert named in reason
+    assert bool(named) == bool(reason)

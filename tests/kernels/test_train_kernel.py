@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from gradient_helpers import BOUNDS, Case, L, case, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from morphc.errors import UnsupportedKernelError
 from morphc.kernels import gradient, training
 from morphc.kernels.blueprints.base import get
 from morphc.kernels.compile import Resources, compile_all
@@ -128,6 +130,14 @@ def test_hidden_units_that_do_not_fit_are_walked_some_at_a_time() -> None:
     check(case(128, 2, 2, 20, rows=16, states=(L.TRAINING,)), tuned(warps=1))
 
 
+@pytest.mark.parametrize("units", [0, 16])
+def test_a_wide_chunk_can_be_cut_into_pieces(units: int) -> None:
+    config = msgspec.structs.replace(tuned(warps=8), pieces=4, units=units)
+    made = case(77, 2, 2, 20, rows=21, states=ISOLATED)
+    assert gradient.tile_of(made.spec, config).pieces == 4
+    check(made, config)
+
+
 def test_reconstruction_is_learned() -> None:
     made = case(12, 3, 3, 4, rows=32, states=(L.TRAINING,), blueprint="affine")
     made.params["scale"].zero_()
@@ -239,3 +249,13 @@ def test_kernels_compile_for_an_h200_without_spills() -> None:
         assert isinstance(found, Resources), found
         assert not found.problem
     assert gradient.tile_of(spec, config).units_first
+
+
+def test_isolated_training_of_wide_float32_chunks_is_refused_and_their_steps_are_not() -> None:
+    spec = case(384, 2, 2, 32, rows=1).spec
+    config = training.default(spec, 64)
+    with pytest.raises(UnsupportedKernelError, match="training over chunks of 192 features in float32"):
+        training.train_job(spec, config)
+    assert training.adamw_job(spec, config, sums=False).function == "adamw"
+    assert not training.refuses(msgspec.structs.replace(spec, dtype="bfloat16"))
+    assert not training.refuses(msgspec.structs.replace(spec, features=256, chunk=128))
