@@ -241,7 +241,7 @@ def _pointer(spec: KernelSpec) -> str:
     return f"*{launch.triton_type(getattr(torch, spec.dtype))}"
 
 
-def config_of(spec: KernelSpec) -> TuneConfig:
+def config_of(spec: KernelSpec, target: str = "cuda:90") -> TuneConfig:
     """The forward's config by rule: chunks under 16 share a tile, and wide ones have low ones, since W_out and the
     hidden values of all units are in registers."""
     columns, units = next_pow2(spec.chunk), next_pow2(spec.rank)
@@ -253,7 +253,8 @@ def config_of(spec: KernelSpec) -> TuneConfig:
     elif wide > 64 or (full and columns >= 64 and units >= 64):
         rows, warps = 32, 8
     else:
-        rows, warps = 64, 4
+        # The compiler for AMD spills with four.
+        rows, warps = 64, 8 if target.startswith("hip") else 4
     return TuneConfig(rows, 0, num_warps=warps, num_stages=2, group=group, programs=4)
 
 
@@ -292,7 +293,7 @@ class TapSeeds:
         self.shape = shape = shape_of(spec, geometry)
         self.device = device
         self.target = chunks.target_of(device)
-        self.config = config or config_of(spec)
+        self.config = config or config_of(spec, self.target)
         self.back = back or backward_config_of(spec, shape, self.target)
         self.precision = precision
         self.products = TapKernels(

@@ -92,7 +92,7 @@ def test_the_kernels_of_a_kept_tap_compile_and_spill_nothing(target: str) -> Non
     made = tap.jobs(spec, LOWRANK.tap, plan=tap.plan(spec, ROWS, 1, target), target=target)
     jobs = [
         *made.values(),
-        tap_join.join_job(join, LOWRANK, tap_join.config_of(join), stash=True, target=target),
+        tap_join.join_job(join, LOWRANK, tap_join.config_of(join, target), stash=True, target=target),
         *tap_join.backward_jobs(
             backward, LOWRANK, tap_join.backward_config_of(backward, LOWRANK, target), target=target
         ),
