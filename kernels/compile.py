@@ -114,6 +114,19 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     target: str = "cuda:90"
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Equal for jobs that compile to the same."""
+        told = (
+            self.function,
+            self.signature,
+            self.constants,
+            self.options,
+            sorted(self.aligned),
+            self.target,
+        )
+        return self.source.key, *map(str, told)
+
 
 def cross_compile(
     source: Source,

@@ -13,6 +13,7 @@ from functools import lru_cache
 from msgspec.structs import replace
 
 from morphc.errors import ResourceError
+from morphc.kernels import tuning
 from morphc.kernels.launch import Prepared
 from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.templating import next_pow2
@@ -22,7 +23,9 @@ from morphc.kernels.templating import next_pow2
 def rungs(spec: KernelSpec, config: TuneConfig) -> tuple[TuneConfig, ...]:
     """Configs of a kernel over active seeds to try where `config` spills, in their order."""
     made = _of_forward(spec, config) if spec.kind == "forward" else _of_gradients(spec, config)
-    return tuple(each for each in dict.fromkeys(made) if each != config)
+    return tuple(
+        each for each in dict.fromkeys(made) if each != config and not tuning.reads_beyond(spec, each)
+    )
 
 
 def first_clean(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -130,9 +130,12 @@ def prepare(
     collected = _collected.get()
     if collected is not None:
         options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "pdl": pdl}
-        jobs, target = collected
-        jobs.append(Job(source, function, dict(signature), dict(constants), tuple(aligned), options, target))
-        return Prepared(source.name, device, _nothing)
+        jobs, target, unfit = collected
+        job = Job(source, function, dict(signature), dict(constants), tuple(aligned), options, target)
+        jobs.append(job)
+        made = Prepared(source.name, device, _nothing)
+        made.spills = int(job.identity in unfit)
+        return made
     key = (
         source.key, function, tuple(signature.items()), tuple(sorted(constants.items())), tuple(aligned),
         num_warps, num_stages, maxnreg, pdl, device,
@@ -157,7 +160,8 @@ def prepare(
     return found
 
 
-_collected: ContextVar[tuple[list[Job], str] | None] = ContextVar("jobs that are collected", default=None)
+_Collected = tuple[list[Job], str, Collection[tuple[str, ...]]]
+_collected: ContextVar[_Collected | None] = ContextVar("jobs that are collected", default=None)
 
 
 def _nothing(grid: Grid, *args: Any) -> None:
@@ -165,15 +169,15 @@ def _nothing(grid: Grid, *args: Any) -> None:
 
 
 @contextmanager
-def collecting(target: str) -> Iterator[list[Job]]:
+def collecting(target: str, unfit: Collection[tuple[str, ...]] = ()) -> Iterator[list[Job]]:
     """What is prepared in here is neither compiled nor run: it ends in a list of jobs for `target`.
 
     On the device `meta`, kernels are prepared as they would be on a device of that target. So whoever prepares what
     its arguments ask for can be asked what that is, by calling it. It may keep what it got, which does nothing: it is
-    to be thrown away.
+    to be thrown away. unfit: `identity` of jobs that are known to spill there; whoever prepares one is told so.
     """
     jobs: list[Job] = []
-    token = _collected.set((jobs, target))
+    token = _collected.set((jobs, target, unfit))
     try:
         yield jobs
     finally:

@@ -173,15 +173,19 @@ def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
         groups, heights, (2, 4, 8), (2, 4, 8), (1, 2, 3)
     ):
         values = height * max(16, group * pad) / (32 * warps)
-        # Warps without rows of their own: see `compile_worker.overlaid`.
-        if spec.dtype == "float32" and 64 <= height < 16 * warps:
-            continue
         # Fewer values a thread than one 16-byte load, or more than its registers hold, has never paid.
         if 4 <= values <= 64 or (height == heights[0] and values < 4 and warps == 2):
-            found.append(TuneConfig(height, group * pad, warps, stages, group=group, programs=programs))
+            config = TuneConfig(height, group * pad, warps, stages, group=group, programs=programs)
+            if not reads_beyond(spec, config):
+                found.append(config)
     if spec.kind == "backward":
         found += [msgspec.structs.replace(config, maxnreg=128) for config in found if config.num_warps >= 4]
     return found
+
+
+def reads_beyond(spec: KernelSpec, config: TuneConfig) -> bool:
+    """Whether warps have no rows of their own in float32, and read what isn't theirs: `compile_worker.overlaid`."""
+    return spec.dtype == "float32" and 64 <= config.block_rows < 16 * config.num_warps
 
 
 def _usual(spec: KernelSpec, rows: int) -> TuneConfig | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -70,14 +70,29 @@ def target_of_this_machine() -> str:
     return f"cuda:{major}{minor}"
 
 
-def kernels_of(model: nn.Module, plan: Plan, target: str) -> list[Needed]:
-    """What `model` launches on `target`; the entries in the cache learn which layers they are for."""
+def kernels_of(
+    model: nn.Module, plan: Plan, target: str, fit: Callable[[list[Needed]], Sequence[bool]]
+) -> list[Needed]:
+    """What `model` launches on `target`; the entries in the cache learn which layers they are for.
+
+    fit: of such kernels, whether each runs without spilling. Behind those that don't, kernels of the next config are
+    asked about, as it goes on the device; both are in the answer, since the device asks for both.
+    """
     if problem := backend.triton_problem():
         raise TritonError(problem)
-    found = ahead.needed(store_of(model).sites, seen_by(plan.sites), target)
-    for one in found:
-        codegen.publish(one.job.source, Provenance(one.layers, tuple(map(_relative, one.sources))))
-    return found
+    every: dict[tuple[str, ...], Needed] = {}
+    unfit: set[tuple[str, ...]] = set()
+    while True:
+        found = ahead.needed(store_of(model).sites, seen_by(plan.sites), target, unfit)
+        fresh = [one for one in found if one.job.identity not in every]
+        if not fresh:
+            return list(every.values())
+        for one in fresh:
+            codegen.publish(one.job.source, Provenance(one.layers, tuple(map(_relative, one.sources))))
+        for one, good in zip(fresh, fit(fresh), strict=True):
+            every[one.job.identity] = one
+            if not good:
+                unfit.add(one.job.identity)
 
 
 def _relative(source: str) -> str:
@@ -95,9 +110,15 @@ def compile_kernels(
         if progress is not None:
             progress(f"kernels for {target}", done, total)
 
-    found = kernels_of(model, plan, target)
+    results: list[Resources | Failure] = []
+
+    def compiled(fresh: list[Needed]) -> list[bool]:
+        made = compile_all([one.job for one in fresh], keep=True, progress=tell)
+        results.extend(made)
+        return [not result.problem for result in made]
+
     with counters.watch() as count:
-        results = compile_all([one.job for one in found], keep=True, progress=tell)
+        found = kernels_of(model, plan, target, compiled)
     want = [wanted(one.job) for one in found]
     kernels = tuple(
         _kernel(one, result, each) for one, result, each in zip(found, results, want, strict=True)
@@ -133,7 +154,19 @@ def _kernel(one: Needed, result: Resources | Failure, want: binaries.Wanted) -> 
 
 def missing(model: nn.Module, plan: Plan, target: str) -> tuple[int, Mapping[str, tuple[str, ...]]]:
     """How many kernels the model launches on `target`, and those that aren't in the cache, each with the reasons."""
-    found = kernels_of(model, plan, target)
-    want = [wanted(one.job) for one in found]
-    lacking = [each for each in want if each.find() is None]
-    return len(found), {f"{each.name} ({each.key[:8]})": each.why() for each in lacking}
+    want: list[binaries.Wanted] = []
+    lacking: list[binaries.Wanted] = []
+
+    def kept(fresh: list[Needed]) -> list[bool]:
+        good = []
+        for one in fresh:
+            each = wanted(one.job)
+            known = each.find()
+            want.append(each)
+            if known is None:
+                lacking.append(each)
+            good.append(known is None or not known.manifest.details["spills"])
+        return good
+
+    kernels_of(model, plan, target, kept)
+    return len(want), {f"{each.name} ({each.key[:8]})": each.why() for each in lacking}

@@ -6,7 +6,7 @@ the example input makes them: what they prepare is what they would prepare there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -45,17 +45,23 @@ class Needed(NamedTuple):
     sources: tuple[str, ...]
 
 
-def needed(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen], target: str) -> list[Needed]:
+def needed(
+    sites: Mapping[str, SeedSite],
+    seen: Mapping[str, Seen],
+    target: str,
+    unfit: Collection[tuple[str, ...]] = (),
+) -> list[Needed]:
     """The kernels of these sites on `target` (`cuda:90`), each once, in the order of the sites.
 
-    A site that the example input never reached has none here, nor has a bank that torch computes.
+    unfit: `identity` of jobs that are known to spill there, behind which the next config is tried. A site that the
+    example input never reached has none here, nor has a bank that torch computes.
     """
     found: dict[object, tuple[Job, dict[str, None], dict[str, None]]] = {}
     for path, site in sites.items():
         if path not in seen or not seen[path].rows:
             continue
-        for job in _of_site(site, seen[path], target):
-            _, layers, sources = found.setdefault(_key(job), (job, {}, {}))
+        for job in _of_site(site, seen[path], target, unfit):
+            _, layers, sources = found.setdefault(job.identity, (job, {}, {}))
             layers[path] = None
             if seen[path].source:
                 sources[seen[path].source] = None
@@ -64,13 +70,8 @@ def needed(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen], target: str)
         prepare_job(lifecycle.lifecycle_job(True), META)
         prepare_job(lifecycle.report_job(), META)
     for job in jobs:
-        found.setdefault(_key(job), (job, {}, {}))
+        found.setdefault(job.identity, (job, {}, {}))
     return [Needed(job, tuple(layers), tuple(sources)) for job, layers, sources in found.values()]
-
-
-def _key(job: Job) -> object:
-    told = (job.signature, job.constants, job.options, sorted(job.aligned))
-    return job.source.key, job.function, *map(str, told)
 
 
 def tasks(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen]) -> Iterator[Task]:
@@ -103,12 +104,12 @@ def _made(site: SeedSite, seen: Seen) -> tuple[Tensor, View, int] | None:
     return None if view is None or y.dtype not in KERNEL_DTYPES else (y, view, axis)
 
 
-def _of_site(site: SeedSite, seen: Seen, target: str) -> list[Job]:
+def _of_site(site: SeedSite, seen: Seen, target: str, unfit: Collection[tuple[str, ...]]) -> list[Job]:
     made = _made(site, seen)
     if made is None:
         return []
     y, view, axis = made
-    with collecting(target) as jobs:
+    with collecting(target, unfit) as jobs:
         _measure(site, y, view)
         for _, bank in site.slots.items():
             kernels = _kernels(site, bank, y.dtype, view, target)
