@@ -44,14 +44,9 @@ class Ratios:
                 grads = [grad for grad in bank.grads().values() if grad is not None]
                 if not grads or not host:
                     continue
-                squares = sum(
-                    (g.float().square().flatten(1).sum(1) for g in grads),
-                    torch.zeros_like(grads[0][:, :1].flatten(1).sum(1)),
-                )
+                squares = torch.stack([grad.float().square().flatten(1).sum(1) for grad in grads]).sum(0)
                 slot = squares / sum(grad[0].numel() for grad in grads)
-                layer = sum(
-                    (grad.float().square().sum() for grad in host), torch.zeros((), device=host[0].device)
-                )
+                layer = torch.stack([grad.float().square().sum() for grad in host]).sum()
                 layer = layer / sum(grad.numel() for grad in host)
                 ratio = (slot / layer.to(slot.device)).sqrt()
                 self._taken.append((path, bank.owner, ratio))

@@ -414,7 +414,7 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """Counters, losses, metrics and the controller's own state. The model's is `morphc.save`'s, or a snapshot's."""
         controller = getattr(self.controller, "state_dict", None)
-        return clone(
+        state: dict[str, Any] = clone(
             {
                 "steps": self.steps,
                 "ticks": self.ticks,
@@ -426,7 +426,8 @@ class Grower:
                 "evaluated": {row: list(known) for row, known in self.evaluated.items()},
                 "controller": controller() if controller is not None else None,
             }
-        )  # type: ignore[no-any-return]
+        )
+        return state
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
@@ -449,8 +450,8 @@ class Grower:
         """What was measured of every seed that holds a slot, by (path, index).
 
         `isolated_improvement` and `isolated_loss` (or `reconstruction_loss`) of its best candidate,
-        `finite_gradients`, `errors`, `alpha`, and `gradient_ratio`: newborn over incumbent, the RMS gradient of the slot
-        over that of its host layer's parameters at the last tick. Reads the device.
+        `finite_gradients`, `errors`, `alpha`, and `gradient_ratio`: newborn over incumbent, the RMS gradient of
+        the slot over that of its host layer's parameters at the last tick. Reads the device.
         """
         mirror = self.store.mirror()
         found: dict[tuple[str, int], dict[str, float]] = {}

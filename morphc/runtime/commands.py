@@ -1,7 +1,7 @@
 """Commands to the seeds of one site: each checks table, embargo, age and gates, and says what became of every seed.
 
-A refused seed is told why and stays as it is; SeedError is for what makes no sense, such as an index that there isn't.
-Commands read the device: they belong between steps.
+A refused seed is told why and stays as it is; SeedError is for what makes no sense, such as an index that doesn't
+exist. Commands read the device: they belong between steps.
 """
 
 from __future__ import annotations

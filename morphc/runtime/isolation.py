@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 DECAY: Final = 0.95
 RIDGE: Final = 1e-6
+LARGEST: Final = 3.0
+"""A refitted seed's output is at most so many times as large as its chunk: the curvature is an estimate."""
 SCALARS: Final = ("gs", "ss", "gg", "xx", "site", "loss", "steps", "lost")
 
 
@@ -92,8 +94,8 @@ def solve(gram: Tensor, cross: Tensor) -> Tensor:
     rank = gram.shape[-1]
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30) * RIDGE
     ridge = level.view(-1, 1, 1) * torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    solved: Tensor = torch.linalg.solve(gram + ridge, cross)
-    return solved
+    found: Tensor = torch.linalg.solve(gram + ridge, cross)
+    return found
 
 
 class Fitting:
@@ -276,7 +278,7 @@ def refit(site: SeedSite, name: str, slot: int, loss: float | None, share: float
 
     b = -(h'h)^-1 h'g / c, with the curvature of a squared loss, c = |g|^2 / (2 loss) over the whole site: so g / c is
     its residual, and for one unit b = -h'r / |h|^2. Without an h the seed's own output takes its place, and b is one
-    factor on the out-weights. The result is at most as large as the chunk itself. share: part of the residual that
+    factor on the out-weights. The result is at most `LARGEST` times as large as the chunk itself. share: part of the residual that
     this seed is to take, where several are grafted that explain the same. The slot's moments are cleared, and where
     the function between allows it (it must be homogeneous) in- and out-weights get equal norms.
     """
@@ -300,7 +302,8 @@ def refit(site: SeedSite, name: str, slot: int, loss: float | None, share: float
         factor = -sums["gs"] / (sums["ss"] * curvature) * share
         size = factor.square() * sums["ss"]
         new = {out: param[slot].double() * factor for out, param in params.items()}
-    cap = torch.where(size > sums["xx"], (sums["xx"] / size).sqrt(), 1.0)
+    most = LARGEST**2 * sums["xx"]
+    cap = torch.where(size > most, (most / size).sqrt(), 1.0)
     if not all(bool((value * cap).isfinite().all()) for value in new.values()):
         return False
     for out, value in new.items():
