@@ -186,7 +186,7 @@ def measured(store: SeedStore, site: SeedSite, mirror: Mirror) -> dict[int, dict
                 continue
             mine = found[owner]
             best = mine.get("isolated_improvement", -math.inf)
-            mine["finite_gradients"] = steps[slot] / (steps[slot] + lost[slot])
+            mine["finite_gradients"] = 1.0 - lost[slot]
             if reconstructs:
                 mine["reconstruction_loss"] = min(loss[slot], mine.get("reconstruction_loss", math.inf))
             elif share[slot] > best:

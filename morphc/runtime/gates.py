@@ -35,7 +35,7 @@ GATES: Final = (
         _L.TRAINING, _L.GRAFTING, "isolated_improvement", ">=", "min_isolated_improvement", "straight_through"
     ),
     Gate(_L.TRAINING, _L.GRAFTING, "reconstruction_loss", "<=", "max_reconstruction_loss", "reconstruction"),
-    Gate(_L.TRAINING, _L.GRAFTING, "finite_gradients", ">=", 1.0),
+    Gate(_L.TRAINING, _L.GRAFTING, "finite_gradients", ">=", 0.9),
     Gate(_L.GRAFTING, _L.STABILIZATION, "alpha", ">=", 1.0),
     Gate(_L.EVALUATING, _L.FINE_TUNING, "contribution", ">", "min_contribution"),
     Gate(_L.EVALUATING, _L.FINE_TUNING, "stability", ">=", "min_stability"),

@@ -56,7 +56,7 @@ class Fit:
 
     @torch.no_grad()
     def add(self, found: dict[str, Tensor], chosen: Tensor) -> None:
-        """Let one step's sums in, of the slots where `chosen`; those with something not finite count as lost."""
+        """Let one step's sums in, of the slots where `chosen`; `lost` averages how many had something not finite."""
         finite = torch.ones_like(chosen)
         for value in found.values():
             finite &= value.reshape(value.shape[0], -1).isfinite().all(1)
@@ -68,7 +68,9 @@ class Fit:
             mixed = torch.where(first.view(shape), value, old * DECAY + value * (1 - DECAY))
             old.copy_(torch.where(good.view(shape), mixed, old))
         self.sums["steps"] += good
-        self.sums["lost"] += chosen & ~finite
+        lost = self.sums["lost"]
+        kept = torch.where(first & (lost == 0), (~finite).float(), lost * DECAY + ~finite * (1 - DECAY))
+        lost.copy_(torch.where(chosen, kept, lost))
 
     @torch.no_grad()
     def summary(self) -> Tensor:

@@ -173,7 +173,9 @@ def test_two_grafts_go_back_one_at_a_time():
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("state", [L.TRAINING, L.GRAFTING, L.EVALUATING, L.FOSSILIZED])
 def test_a_snapshot_restores_bitwise_in_any_state(state, where, tmp_path):
-    _, model = grown(min_improvement=-10.0, min_contribution=-10.0, min_stability=0.0, min_final_stability=0.0)
+    _, model = grown(
+        min_improvement=-10.0, min_contribution=-10.0, min_stability=0.0, min_final_stability=0.0
+    )
     torch.manual_seed(2)
     run = Run(model, morphc.PlateauController(patience=1, blueprint="widen"))
     morphc.seeds(model)["2"].germinate([0], blueprint="widen")
