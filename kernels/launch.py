@@ -24,7 +24,7 @@ from morphc.kernels import backend, binaries, codegen, triton_api, tuning
 from morphc.kernels.cache import counters, store
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job, triton_options
-from morphc.kernels.compile_worker import build, digest_of, explain, files_of
+from morphc.kernels.compile_worker import build, explain, files_of, measure
 
 Grid = tuple[int, int, int]
 
@@ -80,7 +80,7 @@ class Prepared:
     __slots__ = ("device", "kernel", "launch", "name", "registers", "shared", "spills")
 
     def __init__(
-        self, name: str, device: torch.device, launch: triton_api.Launch, kernel: Any = None
+        self, name: str, device: torch.device, launch: triton_api.Launch, kernel: Any = None, spills: int = 0
     ) -> None:
         self.name = name
         self.device = device
@@ -88,7 +88,7 @@ class Prepared:
         # Held on to: newer Tritons unload a binary when its kernel object goes.
         self.kernel = kernel
         self.registers: int = getattr(kernel, "n_regs", 0)
-        self.spills: int = getattr(kernel, "n_spills", 0)
+        self.spills = spills
         self.shared: int = kernel.metadata.shared if kernel is not None else 0
 
     def __call__(self, grid: Grid, *args: Any) -> None:
@@ -265,24 +265,23 @@ def _on_gpu(job: Job, device: torch.device) -> Prepared:
         want = binaries.wanted(
             job.source, job.function, job.signature, job.constants, job.aligned, options, named
         )
-        kernel = _recalled(job, want)
-        if kernel is not None:
-            launch = _launcher(kernel, job, options, device)
-        else:
+        recalled = _recalled(job, want)
+        if recalled is None:
             with store.alone(want.root, want.key) as keeping:
                 # Whoever held the lock before may have put it there.
-                kernel = _recalled(job, want)
-                if kernel is not None:
-                    launch = _launcher(kernel, job, options, device)
-                else:
-                    kernel, launch = _compiled(job, want, options, target, device, keeping)
+                recalled = _recalled(job, want)
+                if recalled is None:
+                    kernel, launch, spills = _compiled(job, want, options, target, device, keeping)
+        if recalled is not None:
+            kernel, spills = recalled
+            launch = _launcher(kernel, job, options, device)
     if torch.cuda.device_count() > 1:
         launch = _on_its_device(launch, device.index)
-    return Prepared(job.source.name, device, launch, kernel)
+    return Prepared(job.source.name, device, launch, kernel, spills)
 
 
-def _recalled(job: Job, want: binaries.Wanted) -> Any:
-    """The kernel as it was compiled before; None where it wasn't."""
+def _recalled(job: Job, want: binaries.Wanted) -> tuple[Any, int] | None:
+    """The kernel as it was compiled before, and what it spills; None where it wasn't."""
     found = want.find()
     if found is None:
         return None
@@ -294,7 +293,7 @@ def _recalled(job: Job, want: binaries.Wanted) -> Any:
     except OSError:
         return None  # pruned a moment ago
     binaries.count_hit(found)
-    return kernel
+    return kernel, int(told.details["spills"])
 
 
 def _compiled(
@@ -304,8 +303,9 @@ def _compiled(
     target: Any,
     device: torch.device,
     keeping: bool,
-) -> tuple[Any, triton_api.Launch]:
-    """Compile the kernel, load it, and then put it into the cache: one that isn't loaded is not worth keeping."""
+) -> tuple[Any, triton_api.Launch, int]:
+    """Compile the kernel, load it, and then put it into the cache: one that isn't loaded is not worth keeping. The last
+    is what it spills."""
     want.refuse_to_compile()
     loaded, reasons = _load(job), want.why()
     started = time.perf_counter()
@@ -319,18 +319,12 @@ def _compiled(
     seconds = time.perf_counter() - started
     binaries.count_miss(want, reasons, seconds)
     launch = _launcher(kernel, job, options, device)
+    # What the driver calls spilled is the stack, which calls of functions need as well.
+    measured = measure(kernel)
     if keeping:
-        told = {
-            "arguments": list(loaded.arg_names),
-            "registers": kernel.n_regs,
-            "spills": kernel.n_spills,
-            "shared": kernel.metadata.shared,
-            "size": len(kernel.kernel),
-            "digest": digest_of(kernel),
-            "seconds": seconds,
-        }
+        told = {**measured, "arguments": list(loaded.arg_names), "seconds": seconds}
         want.keep(files_of(kernel), told)
-    return kernel, launch
+    return kernel, launch, int(measured["spills"])
 
 
 def _launcher(kernel: Any, job: Job, options: dict[str, Any], device: torch.device) -> triton_api.Launch:
