@@ -14,7 +14,7 @@ from morphc.kernels import backend, binaries, codegen
 from morphc.kernels.cache import counters
 from morphc.kernels.cache.counters import Miss
 from morphc.kernels.cache.manifest import Provenance
-from morphc.kernels.compile import Failure, Resources, compile_all, wanted
+from morphc.kernels.compile import SHARED_LIMITS, Failure, Resources, compile_all, wanted
 from morphc.passes.plan import Plan
 from morphc.runtime import ahead
 from morphc.runtime.ahead import Needed
@@ -95,6 +95,11 @@ def kernels_of(
                 unfit.add(one.job.identity)
 
 
+def _fits(spills: int, shared: int, target: str) -> bool:
+    """Whether a device keeps such a kernel, and doesn't go on to the next config."""
+    return not spills and shared <= SHARED_LIMITS.get(target, shared)
+
+
 def _relative(source: str) -> str:
     """`model.py:41`, from the current folder where it lies there: a bundle tells nobody how a disk is laid out."""
     path = Path(source)
@@ -115,7 +120,7 @@ def compile_kernels(
     def compiled(fresh: list[Needed]) -> list[bool]:
         made = compile_all([one.job for one in fresh], keep=True, progress=tell)
         results.extend(made)
-        return [not result.problem for result in made]
+        return [isinstance(one, Failure) or _fits(one.spills, one.shared, target) for one in made]
 
     with counters.watch() as count:
         found = kernels_of(model, plan, target, compiled)
@@ -165,7 +170,8 @@ def missing(model: nn.Module, plan: Plan, target: str) -> tuple[int, Mapping[str
             want.append(each)
             if known is None:
                 lacking.append(each)
-            good.append(known is None or not known.manifest.details["spills"])
+            told = known.manifest.details if known is not None else {"spills": 0, "shared": 0}
+            good.append(_fits(told["spills"], told["shared"], target))
         return good
 
     kernels_of(model, plan, target, kept)

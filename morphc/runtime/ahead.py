@@ -114,7 +114,8 @@ def _of_site(site: SeedSite, seen: Seen, target: str, unfit: Collection[tuple[st
         for _, bank in site.slots.items():
             kernels = _kernels(site, bank, y.dtype, view, target)
             if isinstance(kernels, BankKernels):
-                _chunk_bank(kernels, bank, y, view, axis)
+                _chunk_bank(kernels, bank, y, view, axis, True)
+                _chunk_bank(BankKernels(kernels.spec, META), bank, y, view, axis, False)
             elif kernels is not None:
                 _tap_bank(kernels, bank, y, view, axis)
             # Parameters are float32, and AdamW walks them whatever the activation's layout is.
@@ -164,16 +165,19 @@ def _measure(site: SeedSite, y: Tensor, view: View) -> None:
     kernels.merge(cells, sums, counts)
 
 
-def _chunk_bank(kernels: BankKernels, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:
+def _chunk_bank(
+    kernels: BankKernels, bank: SlotBank, y: Tensor, view: View, axis: int, blending_first: bool
+) -> None:
+    """blending_first: a form that spills makes all that come behind it take another config."""
     listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
     _list(kernels, bank, listed)
     forward, stash = kernels.forward_of(view).bound(view), kernels.new_stash(view)
     early = gradient.follows_early(META)
-    for saved in (stash, None):
+    for saved in (stash, None) if blending_first else (None, stash):
         for begins_early in (False, True) if early else (False,):
             forward(y, listed, params, saved, begins_early)
     like = Like(tuple(y.shape), y.stride(), axis)
-    for isolated_only in (False, True):
+    for isolated_only in (not blending_first, blending_first):
         kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only)
 
 
