@@ -12,8 +12,9 @@ from torch import nn
 from morphc.errors import ConfigError, TritonError
 from morphc.kernels import backend, binaries, codegen
 from morphc.kernels.cache import counters
-from morphc.kernels.cache.counters import Miss
+from morphc.kernels.cache.counters import Count, Miss
 from morphc.kernels.cache.manifest import Provenance
+from morphc.kernels.cache.store import Found
 from morphc.kernels.compile import SHARED_LIMITS, Failure, Resources, compile_all, wanted
 from morphc.passes.plan import Plan
 from morphc.runtime import ahead
@@ -159,20 +160,31 @@ def _kernel(one: Needed, result: Resources | Failure, want: binaries.Wanted) -> 
 
 def missing(model: nn.Module, plan: Plan, target: str) -> tuple[int, Mapping[str, tuple[str, ...]]]:
     """How many kernels the model launches on `target`, and those that aren't in the cache, each with the reasons."""
-    want: list[binaries.Wanted] = []
-    lacking: list[binaries.Wanted] = []
+    looked = _looked_up(model, plan, target)
+    lacking = [want for want, found in looked if found is None]
+    return len(looked), {f"{each.name} ({each.key[:8]})": each.why() for each in lacking}
+
+
+def look(model: nn.Module, plan: Plan, target: str) -> Count:
+    """What the cache has of the kernels that the model launches on `target`, and why not the rest; compiles nothing."""
+    count = Count()
+    for want, found in _looked_up(model, plan, target):
+        if found is None:
+            count.misses.append(Miss(want.name, target, want.why()))
+        else:
+            count.hits += 1
+            count.saved += float(found.manifest.details["seconds"])
+    return count
+
+
+def _looked_up(model: nn.Module, plan: Plan, target: str) -> list[tuple[binaries.Wanted, Found | None]]:
+    looked: list[tuple[binaries.Wanted, Found | None]] = []
 
     def kept(fresh: list[Needed]) -> list[bool]:
-        good = []
-        for one in fresh:
-            each = wanted(one.job)
-            known = each.find()
-            want.append(each)
-            if known is None:
-                lacking.append(each)
-            told = known.manifest.details if known is not None else {"spills": 0, "shared": 0}
-            good.append(_fits(told["spills"], told["shared"], target))
-        return good
+        found = [(each, each.find()) for each in (wanted(one.job) for one in fresh)]
+        looked.extend(found)
+        told = [{"spills": 0, "shared": 0} if known is None else known.manifest.details for _, known in found]
+        return [_fits(one["spills"], one["shared"], target) for one in told]
 
     kernels_of(model, plan, target, kept)
-    return len(want), {f"{each.name} ({each.key[:8]})": each.why() for each in lacking}
+    return looked

@@ -38,7 +38,7 @@ class Count(msgspec.Struct):
         said += f" (saved {self.saved:.1f} s)" if self.hits else ""
         missed = len(self.misses)
         said += f", {missed} miss{'es' * (missed != 1)}"
-        return said + (f" (took {self.spent:.1f} s)" if missed else "")
+        return said + (f" (took {self.spent:.1f} s)" if self.compiled else "")
 
 
 _lock = threading.Lock()

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
-from morphc.ahead import Ahead, compile_kernels, missing, target_of_this_machine
+from morphc.ahead import Ahead, compile_kernels, look, missing, target_of_this_machine
 from morphc.cli.cachetext import counted
 from morphc.cli.progress import ProgressBar
+from morphc.cli.targets import TARGETS
 from morphc.compiler import Compiled
 from morphc.errors import ConfigError
 from morphc.kernels.backend import unavailable
@@ -31,9 +32,13 @@ _MOST_REASONS = 8
 
 @dataclass
 class Kernels:
-    """Of one compile. lacking: target -> (kernels in all, those not in the cache with why), where only looked up."""
+    """Of one compile. lacking: target -> (kernels in all, those not in the cache with why), where only looked up.
+
+    here: target -> what the cache has for the GPU that the model lies on.
+    """
 
     made: list[Ahead] = field(default_factory=list)
+    here: dict[str, Count] = field(default_factory=dict)
     lacking: dict[str, tuple[int, Mapping[str, tuple[str, ...]]]] = field(default_factory=dict)
     written: str = ""
 
@@ -57,7 +62,16 @@ class Kernels:
             {"target": target, "kernels": total, "missing": {name: list(why) for name, why in found.items()}}
             for target, (total, found) in self.lacking.items()
         ]
-        return told + looked
+        known = [
+            {
+                "target": target,
+                "hits": count.hits,
+                "saved": count.saved,
+                "misses": msgspec.to_builtins(count.misses),
+            }
+            for target, count in self.here.items()
+        ]
+        return told + looked + known
 
     def present(self, out: TextIO) -> int:
         """Say it; the exit status: 1 where a kernel is missing, or can't be compiled."""
@@ -65,6 +79,8 @@ class Kernels:
             print("\n".join(["", *_table(one)]), file=out)
         for target, (total, found) in self.lacking.items():
             print("\n".join(["", *_lookup(target, total, found)]), file=out)
+        for target, count in self.here.items():
+            print("\n".join(["", *_known(target, count)]), file=out)
         if self.written:
             print(f"\nbundle {self.written}", file=out)
         failed = any(kernel.failed for one in self.made for kernel in one.kernels)
@@ -77,7 +93,10 @@ def for_targets(
     require_cached: bool,
     progress: Callable[[str, int, int], None],
 ) -> Kernels:
-    """Compile the model's kernels for the targets, or with `require_cached` only look them up."""
+    """Compile the model's kernels for the targets, or with `require_cached` only look them up.
+
+    Without either, what the cache has for the GPU that the model lies on is said.
+    """
     kernels = Kernels()
     plan = program.report.plan
     if require_cached:
@@ -85,7 +104,16 @@ def for_targets(
             kernels.lacking[target] = missing(program.model, plan, target)
     else:
         kernels.made = [compile_kernels(program.model, plan, target, progress) for target in targets]
+        if not targets and on_gpu(program.model) and not unavailable(torch.device("cuda")):
+            here = target_of_this_machine()
+            if here in TARGETS:
+                kernels.here[here] = look(program.model, plan, here)
     return kernels
+
+
+def on_gpu(model: torch.nn.Module) -> bool:
+    """Whether some of it lies on one."""
+    return any(parameter.is_cuda for parameter in model.parameters())
 
 
 def check_gpu() -> None:
@@ -122,6 +150,12 @@ def _table(made: Ahead) -> Iterator[str]:
             f"  {f'{one.name}.{one.function}':{wide}}  {one.registers:4} {one.spills:6} {told_size(one.shared):>9} "
             f"{told_size(one.size):>9}  {layers}{more}{problem}"
         )
+
+
+def _known(target: str, count: Count) -> Iterator[str]:
+    later = "; the misses are compiled when they are first launched" if count.misses else ""
+    yield f"kernels for {target}: {count}{later}"
+    yield from _reasons(Counter("; ".join(miss.reasons) for miss in count.misses))
 
 
 def _reasons(found: Counter[str]) -> Iterator[str]:

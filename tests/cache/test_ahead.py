@@ -155,12 +155,19 @@ def test_a_model_is_compiled_for_a_target_and_found_again(fresh_cache: Path) -> 
     assert made.compiled == len(made.misses) == total
     assert all(kernel.registers > 0 and kernel.size > 0 and not kernel.problem for kernel in made.kernels)
     assert aheads.missing(model, plan, "cuda:80") == (total, {})
+    looked = aheads.look(model, plan, "cuda:80")
+    assert (looked.hits, looked.misses, looked.compiled) == (total, [], 0)
+    assert looked.saved == pytest.approx(made.spent)
     again = aheads.compile_kernels(model, plan, "cuda:80")
     assert (again.compiled, again.hits, again.misses) == (0, total, ())
     assert again.saved == pytest.approx(made.spent)
     (entry,) = (entry for entry in morphc.cache().entries() if entry.name.startswith("forward"))
     assert entry.layers == ("0",)
     assert entry.archs == ("cuda-80",)
+    looked = aheads.look(model, plan, "cuda:89")
+    assert looked.hits == 0
+    assert [miss.target for miss in looked.misses] == ["cuda:89"] * total
+    assert str(looked) == f"{total} kernels: 0 hits, {total} misses"
     _, lacking = aheads.missing(model, plan, "cuda:89")
     assert all("target: cuda:80 -> cuda:89" in reasons for reasons in lacking.values())
 

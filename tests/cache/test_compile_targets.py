@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import morphc
-from morphc.cli import main
+from morphc.cli import kernels, main
 from morphc.kernels import backend
 
 MODEL = """
@@ -166,3 +166,23 @@ def test_a_kernel_that_does_not_compile_is_named(
     ran = cli("compile", model, "--seeds", 4, "--blueprint", "affine", "--target", "cuda:80", "--no-verify")
     assert ran.status == 1
     assert "took more than 120 s to compile" in ran.out
+
+
+def test_a_compile_on_a_gpu_says_what_the_cache_has(
+    cli: Callable[..., Ran], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model lies on the CPU and is taken for one that doesn't."""
+    monkeypatch.setattr(kernels, "unavailable", lambda device: "")
+    monkeypatch.setattr(kernels, "target_of_this_machine", lambda: "cuda:90")
+    compiled = ("compile", model, "--seeds", 4, "--blueprint", "affine", "--no-verify")
+    assert "kernels for" not in cli(*compiled).out
+    monkeypatch.setattr(kernels, "on_gpu", lambda module: True)
+    ran = cli(*compiled)
+    assert ran.status == 0
+    assert ": 0 hits, " in ran.out
+    assert "misses; the misses are compiled when they are first launched" in ran.out
+    (told,) = json.loads(cli(*compiled, "--json").out)["kernels"]
+    assert told["target"] == "cuda:90"
+    assert told["hits"] == 0
+    assert len(told["misses"]) > 8
+    assert not any(entry.binaries for entry in morphc.cache().entries())
