@@ -13,7 +13,7 @@ import msgspec
 
 from morphc.kernels import codegen
 from morphc.kernels.blueprints import Affine, base
-from morphc.kernels.cache import store
+from morphc.kernels.cache import leases, place, store
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job, Resources, compile_all
 from morphc.kernels.spec import KernelSpec
@@ -102,3 +102,10 @@ def start(code: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below, by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forget() -> None:
+    """As if the process had just begun."""
+    codegen._published.clear()
+    place._warned.clear()
+    leases.release()

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cache_helpers import compiled_cache, job
-
-from morphc.kernels import codegen
-from morphc.kernels.cache import leases, place
+from cache_helpers import compiled_cache, forget, job
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +17,6 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     forget()
     yield tmp_path / "cache"
     forget()
-
-
-def forget() -> None:
-    """As if the process had just begun."""
-    codegen._published.clear()
-    place._warned.clear()
-    leases.release()
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cache_helpers import compiled_cache, contents, fake_entry, job
-from conftest import forget
+from cache_helpers import compiled_cache, contents, fake_entry, forget, job
 
 from morphc.caching import Cache
 from morphc.errors import BundleError, CacheError

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cache_helpers import compiled_cache, fake_entry, job, source
-from conftest import forget
+from cache_helpers import compiled_cache, fake_entry, forget, job, source
 
 from morphc.caching import Cache
 from morphc.errors import MorphcWarning

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cache_helpers import compiled_cache, job, source
-from conftest import forget
+from cache_helpers import compiled_cache, forget, job, source
 
 from morphc.caching import Cache
 from morphc.cli import main

@@ -10,8 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cache_helpers import compiled_cache, fake_entry, job, start
-from conftest import forget
+from cache_helpers import compiled_cache, fake_entry, forget, job, start
 
 from morphc.caching import Cache
 from morphc.errors import MorphcWarning
@@ -105,11 +104,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import random
 from pathlib import Path
 from test_races import compile_in_this_process
-from cache_helpers import source
+from cache_helpers import forget, source
 import triton
 from morphc.caching import Cache
 from morphc.kernels.cache import place
-from conftest import forget
 for number in range(3):
     source(number)
 folder, count = Path(os.environ["MORPHC_CACHE_DIR"]), int(sys.stdin.readline())
@@ -168,7 +166,7 @@ def test_a_kill_at_any_moment_leaves_whole_entries(fresh_cache: Path) -> None:
 
 HOLDS = """
 import sys
-from cache_helpers import source
+from cache_helpers import forget, source
 from morphc.kernels import codegen
 print(codegen.publish(source()).parent.name, flush=True)
 sys.stdin.readline()

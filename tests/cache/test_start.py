@@ -41,8 +41,7 @@ def test_a_kernel_is_put_together_without_compiling(
 PREPARES = """
 import contextlib, os, sys, types
 import torch
-from cache_helpers import SIGNATURE, job, source
-from conftest import forget
+from cache_helpers import SIGNATURE, forget, job, source
 from morphc.errors import CacheMissError
 from morphc.kernels import backend, codegen, launch, triton_api
 from morphc.kernels.cache import counters, place

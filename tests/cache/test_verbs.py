@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from cache_helpers import ROOT, SPEC, fake_entry, source
-from conftest import forget
+from cache_helpers import ROOT, SPEC, fake_entry, forget, source
 from test_bundles import table
 
 import morphc
