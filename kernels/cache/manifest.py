@@ -7,6 +7,7 @@ can write to the cache as its user can also write a manifest that fits.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -144,9 +145,7 @@ _layers_decoder = msgspec.json.Decoder(_Layers)
 def verify(folder: Path, kind: str) -> Manifest:
     """A folder whose every file is what was put there. Raises like `read`."""
     # A name that leads elsewhere would be read through.
-    if not place.is_folder(folder):
-        if not os.path.lexists(folder):
-            raise FileNotFoundError(folder)
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
         raise DamagedError(f"{folder.name} is no folder")
     found, _ = read(folder)
     if found.kind != kind or place.key_of(found.made_from) != found.key:

@@ -57,9 +57,9 @@ def arch_folder(target: str) -> str:
 def find(folder: Path, kind: str, root: Path) -> Found | None:
     """A whole entry or binary; None where there is none, or none any more. It is in use from here on."""
     entry = folder if kind == "kernel" else folder.parents[2]
+    leases.hold(root, entry.name)
     try:
-        leases.hold(root, entry.name)
-        found = Found(folder, manifest.verify(folder, kind))
+        found = Found(folder, _verified_twice(folder, kind))
     except FileNotFoundError:
         return None
     except DamagedError as damage:
@@ -67,6 +67,14 @@ def find(folder: Path, kind: str, root: Path) -> Found | None:
         return None
     touch(folder / manifest.NAME)
     return found
+
+
+def _verified_twice(folder: Path, kind: str) -> Manifest:
+    """Between two files that are read, somebody may have moved the folder away and put a whole one in its place."""
+    try:
+        return manifest.verify(folder, kind)
+    except DamagedError:
+        return manifest.verify(folder, kind)
 
 
 def touch(path: Path) -> None:

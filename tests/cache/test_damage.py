@@ -243,3 +243,22 @@ def test_a_clock_that_went_back_makes_nothing_old(filled: Path) -> None:
     assert Cache(filled).victims(older_than="1d") == []
     store.touch(told)
     assert told.stat().st_mtime < 4e9
+
+
+def test_an_entry_that_is_replaced_while_it_is_read_is_no_damage(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify, calls = manifest.verify, iter([True])
+
+    def replaced(folder: Path, kind: str) -> manifest.Manifest:
+        if next(calls, False):
+            raise DamagedError("kernel.py is missing")
+        return verify(folder, kind)
+
+    forget()
+    monkeypatch.setattr(manifest, "verify", replaced)
+    with warnings.catch_warnings(), counters.watch() as count:
+        warnings.simplefilter("error")
+        compiled_cache([job()])
+    assert (count.hits, count.compiled) == (1, 0)
+    assert not (filled / "quarantine").exists()
