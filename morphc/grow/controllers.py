@@ -1,4 +1,4 @@
-"""Controllers: an observation in, commands out. They decide where and when to grow; gates and rollback stay with the Grower.
+"""Controllers: an observation in, commands out. Where and when to grow is theirs; gates and rollback are the Grower's.
 
 Any object with `decide(observation)` is one. With `state_dict` and `load_state_dict` it is saved with the Grower, and
 `after_step(model, optimizer)` is called after every step. A learned controller takes the same seat.
@@ -50,8 +50,8 @@ class Observation:
     """What a controller sees at a tick.
 
     step, tick: counted from the run's begin. loss: mean over the tick. metrics: of the epochs so far, as given to
-    `Grower.epoch`; new_epoch: whether the last is new. lifecycle [N]: the seeds' states. `telemetry` and `scores` are
-    read from the device when first looked at.
+    `Grower.epoch`; new_epoch: whether the last is new. lifecycle [N]: the seeds' states. telemetry: health per seed
+    [N] float64 on the CPU, each seed's as it was last measured.
     """
 
     seeds: Seeds
@@ -63,11 +63,7 @@ class Observation:
     new_epoch: bool
     lower_is_better: bool
     lifecycle: Sequence[Lifecycle]
-
-    @cached_property
-    def telemetry(self) -> Mapping[str, Tensor]:
-        """Health per seed [N] float64 on the CPU, since the last tick that had a measurement."""
-        return self.seeds.telemetry()
+    telemetry: Mapping[str, Tensor]
 
     @cached_property
     def scores(self) -> Tensor:

@@ -106,6 +106,9 @@ class Grower:
         self.cohorts: list[Cohort] = []
         self.evaluated: dict[int, tuple[int, float]] = {}
         self.before_recycling: Snapshot | None = None
+        self.health = self.seeds.telemetry()
+        self._measured_at = (0, 0)
+        self._known_lr: float | None = None
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
         self._scale: Tensor | None = None
         if evaluate is None:
@@ -161,7 +164,7 @@ class Grower:
         lr = self.optimizer.param_groups[0]["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             # A rate on the device is read at ticks: reading it at every step would wait for the device.
-            if self.steps % self.tick_every == 0 or not hasattr(self, "_known_lr"):
+            if self._known_lr is None or self.steps % self.tick_every == 0:
                 self._known_lr = float(lr)
             lr = self._known_lr
         return float(lr) * self.config.seed_lr
@@ -183,6 +186,7 @@ class Grower:
         filled = (self.steps - 1) % self.tick_every + 1 if self.steps else 0
         trouble = self.losses.tell(self._window[:filled].tolist())
         self.ratios.read()
+        self._measure_health()
         if trouble:
             event = self._roll_back(trouble)
             if event.rolled_back:
@@ -198,8 +202,20 @@ class Grower:
             self._begin_cohort(grafted)
         self._close_cohorts()
         event.transitions += self._command()
-        self.seeds.reset_telemetry()
         return event
+
+    def _measure_health(self) -> None:
+        """Close the telemetry window if something was measured in it; seeds that weren't keep their last health."""
+        forwards = sum(-(-site.pulse.count // max(1, site.pulse.every)) for site in self.store.sites.values())
+        seen, at = self._measured_at
+        # Forwards in a compiled graph are counted on the device: then it is looked as often as it measures.
+        if forwards == seen and self.steps - at < max(1, self.config.telemetry_every):
+            return
+        fresh = self.seeds.telemetry()
+        measured = fresh["count"] > 0
+        self.health = {name: torch.where(measured, value, self.health[name]) for name, value in fresh.items()}
+        self._measured_at = (forwards, self.steps)
+        self.seeds.reset_telemetry()
 
     def _signs(self) -> dict[int, grafts.Signs]:
         """What the strategies of grafting seeds look at."""
@@ -207,13 +223,11 @@ class Grower:
         rows = [int(row) for row in (states.lifecycle == int(_L.GRAFTING)).nonzero()[0]]
         if not rows:
             return {}
-        asks = any(grafts.name_of(int(states.graft[row])) in ("drift_controlled", "adaptive") for row in rows)
-        health = self.seeds.telemetry() if asks else None
         found = {}
         for row in rows:
             cohort = next((each for each in self.cohorts if row in each.rows), None)
             start = cohort.loss if cohort is not None else math.nan
-            drift = cohort.drift(row, health) if cohort is not None and health is not None else math.nan
+            drift = cohort.drift(row, self.health) if cohort is not None else math.nan
             found[row] = grafts.Signs(
                 loss=self.losses.latest / start if start else math.nan,
                 trend=self.losses.trend,
@@ -317,6 +331,7 @@ class Grower:
             new_epoch=self.new_epoch,
             lower_is_better=self.lower,
             lifecycle=states,
+            telemetry=self.health,
         )
         self.new_epoch = False
         out: list[Transition] = []
@@ -356,7 +371,7 @@ class Grower:
 
     def _begin_cohort(self, rows: Sequence[int]) -> None:
         metric = self.metrics[-1] if self.metrics else None
-        cohort = Cohort(set(rows), self.steps, metric, self.losses.latest, self.seeds.telemetry())
+        cohort = Cohort(set(rows), self.steps, metric, self.losses.latest, self.health)
         self.cohorts.append(cohort)
         cohort.snapshot = self.snapshot()
         for old in self.cohorts[:-COHORTS]:
@@ -423,6 +438,8 @@ class Grower:
                 "losses": self.losses.state_dict(),
                 "ratios": self.ratios.state_dict(),
                 "window": self._window,
+                "health": self.health,
+                "measured_at": self._measured_at,
                 "evaluated": {row: list(known) for row, known in self.evaluated.items()},
                 "controller": controller() if controller is not None else None,
             }
@@ -441,6 +458,10 @@ class Grower:
         self.losses.load_state_dict(saved["losses"])
         self.ratios.load_state_dict(saved["ratios"])
         self._window = saved["window"].to(self.device)
+        self.health, self._measured_at = (
+            dict(saved["health"]),
+            (saved["measured_at"][0], saved["measured_at"][1]),
+        )
         self.evaluated = {int(row): (known[0], known[1]) for row, known in saved["evaluated"].items()}
         load = getattr(self.controller, "load_state_dict", None)
         if load is not None and saved["controller"] is not None:

@@ -80,7 +80,9 @@ def roll_back(grower: Grower, rows: Sequence[int], snapshot: Snapshot | None) ->
     errors, embargo = state.error_count.clone(), state.embargo.clone()
     out_already = [int(row) for row in (before.lifecycle == int(_L.ROLLED_BACK)).nonzero()[0]]
     if snapshot is not None:
+        health = grower.health
         grower.restore(snapshot)
+        grower.health = health
     out: list[Transition] = []
     holding = store.mirror().lifecycle
     again = [row for row in out_already if _L.TRAINING <= holding[row] <= _L.FINE_TUNING]

@@ -121,9 +121,9 @@ def jit_traced() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def transformed() -> bool:
-    """Whether a compiler or a transform of functorch is at work: neither takes a hook of Python."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def takes_hooks() -> bool:
+    """Whether gradients can be looked at by a hook: they are wanted, and no transform of functorch is at work."""
+    return slots_learn() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def slots_learn() -> bool:

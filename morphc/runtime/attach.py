@@ -125,6 +125,7 @@ def _build(
         epilogue=request.epilogue,
         near_zero=config.near_zero,
         gradient_telemetry=config.gradient_telemetry,
+        straight_through=config.isolation == "straight_through",
     )
 
 

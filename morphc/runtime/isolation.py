@@ -129,8 +129,7 @@ class Fitting:
 
 def straight(site: SeedSite) -> bool:
     """Whether isolated seeds of the site learn from the task's gradient."""
-    store = site.state.store
-    return store is None or store.config.isolation == "straight_through"
+    return bool(site.isolated_states)
 
 
 def follow(store: SeedStore, site: SeedSite, states: set[Lifecycle]) -> None:
@@ -280,9 +279,9 @@ def refit(site: SeedSite, name: str, slot: int, loss: float | None, share: float
 
     b = -(h'h)^-1 h'g / c, with the curvature of a squared loss, c = |g|^2 / (2 loss) over the whole site: so g / c is
     its residual, and for one unit b = -h'r / |h|^2. Without an h the seed's own output takes its place, and b is one
-    factor on the out-weights. The result is at most `LARGEST` times as large as the chunk itself. share: part of the residual that
-    this seed is to take, where several are grafted that explain the same. The slot's moments are cleared, and where
-    the function between allows it (it must be homogeneous) in- and out-weights get equal norms.
+    factor on the out-weights. The result is at most `LARGEST` times as large as the chunk itself. share: part of the
+    residual that this seed is to take, where several are grafted that explain the same. The slot's moments are
+    cleared, and where the function between allows it (it must be homogeneous) in- and out-weights get equal norms.
     """
     fitting, bank = site.fitting, site.slots.get(name)
     if fitting is None or bank is None or name not in fitting.fits or not straight(site):

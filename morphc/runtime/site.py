@@ -88,6 +88,7 @@ class SeedSite(nn.Module):
         epilogue: str | None = None,
         near_zero: float = 0.0,
         gradient_telemetry: bool = False,
+        straight_through: bool = True,
     ) -> None:
         super().__init__()
         self.path = path
@@ -99,6 +100,8 @@ class SeedSite(nn.Module):
         self.epilogue = epilogue
         self.near_zero = near_zero
         self.gradient_telemetry = gradient_telemetry
+        # The set of states whose slots get the task's gradient apart from the host.
+        self.isolated_states = ISOLATED if straight_through else 0
         self.refusals = refusals or {}
         self.mode = Mode.DORMANT
         self.slots = Banks(banks or {})
@@ -156,7 +159,7 @@ class SeedSite(nn.Module):
         owned: nobody but the caller holds `y`, which may then be written in place. early: nothing was launched on
         the stream since this site measured `y`.
         """
-        if self.fitting is not None and self.training and active.slots_learn() and not active.transformed():
+        if not is_compiling() and self.fitting is not None and self.training and active.takes_hooks():
             return self._learn(self.fitting, y, layer_input, owned)
         return self._join(y, layer_input, owned, early)
 
@@ -221,11 +224,6 @@ class SeedSite(nn.Module):
                 isolated_only=isolated_only,
             )
         return out
-
-    @property
-    def isolated_states(self) -> int:
-        """The set of states whose slots get the task's gradient apart from the host."""
-        return ISOLATED if isolation.straight(self) else 0
 
     def _states_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lifecycle and alpha [S] of the site's seeds, on `device`."""
