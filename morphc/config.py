@@ -30,6 +30,20 @@ _BOUNDS = (
     "rollback_sigma",
     "max_metric_drop",
 )
+GROWTH = (
+    *_BOUNDS,
+    "isolation",
+    "isolation_every",
+    "graft_ticks",
+    "graft_curve",
+    "graft_patience",
+    "minimum_ticks",
+    "embargo_ticks",
+    "cull_errors",
+    "rollback_times",
+    "score_weights",
+)
+"""Options that only a training run reads: they change nothing of what is compiled."""
 
 
 class _NamesItsFields(msgspec.StructMeta):

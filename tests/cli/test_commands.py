@@ -100,11 +100,12 @@ class TestCompile:
         assert [config[name] for name in given] == [3, 4, "lerp", 0.5, 0.1, "torch", 0.5]
         assert [site["path"] for site in json.loads(ran.out)["plan"]["sites"]] == ["fc1"]
 
-    def test_every_option_of_config_is_on_the_command_line(self):
+    def test_every_option_of_config_that_compiling_reads_is_on_the_command_line(self):
         from morphc.cli.options import OPTIONS
-        from morphc.config import Config
+        from morphc.config import GROWTH, Config
 
-        assert set(OPTIONS) == set(Config.__struct_fields__) - {"schema_version"}
+        assert set(GROWTH) < set(Config.__struct_fields__)
+        assert set(OPTIONS) == set(Config.__struct_fields__) - {"schema_version", *GROWTH}
 
     def test_print_after_shows_graphs(self, morphc, write):
         ran = morphc("compile", write(), "--no-verify", "--print-after", "insert-sites")
