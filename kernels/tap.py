@@ -75,7 +75,8 @@ def plan(spec: KernelSpec, rows: int, parts: int = 1, target: str = "cuda:90") -
     return TapPlan(
         packed=rows > PACKED_FROM,
         project=Tiles(low, forward, depth, 8 if low * forward > 64 * 64 else 4, stages, programs=2),
-        tap_gradient=Tiles(low, into, depth, 8 if low > 32 else 4, stages),
+        # Eight warps have no rows of their own in a float32 tile of 64: see `compile_worker.overlaid`.
+        tap_gradient=Tiles(low, into, depth, 8 if low > (64 if wide else 32) else 4, stages),
         weight_gradient=Tiles(128, 64, min(depth, low), 8, stages, programs=2),
     )
 
@@ -132,6 +133,9 @@ def jobs(
         aligned = tuple(key for key in signature if key.endswith(("_ptr", "stride", "plane")))
         warps, stages = (tiles.warps, tiles.stages) if tiles else (PACK_WARPS, 3)
         options = {"num_warps": warps, "num_stages": stages}
+        if target.startswith("cuda") and target != "cuda:90":
+            # ptxas spills a few values there to fit more warps into a multiprocessor.
+            options["maxnreg"] = 255
         return Job(source, name, signature, constants, aligned, options, target)
 
     forward, into, back = plan.project, plan.tap_gradient, plan.weight_gradient

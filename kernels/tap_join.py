@@ -253,9 +253,12 @@ def config_of(spec: KernelSpec, target: str = "cuda:90") -> TuneConfig:
     elif wide > 64 or (full and columns >= 64 and units >= 64):
         rows, warps = 32, 8
     else:
-        # The compiler for AMD spills with four.
+        # The compiler for AMD spills with four, and where it loads ahead.
         rows, warps = 64, 8 if target.startswith("hip") else 4
-    return TuneConfig(rows, 0, num_warps=warps, num_stages=2, group=group, programs=4)
+    # ptxas spills a few values on other architectures to fit more warps into a multiprocessor.
+    most = 255 if target.startswith("cuda") and target != "cuda:90" else None
+    stages = 1 if target.startswith("hip") else 2
+    return TuneConfig(rows, 0, num_warps=warps, num_stages=stages, group=group, programs=4, maxnreg=most)
 
 
 def backward_config_of(spec: KernelSpec, shape: TapShape, target: str = "cuda:90") -> TuneConfig:

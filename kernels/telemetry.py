@@ -205,7 +205,11 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
         splits = max(1, min(round(programs / tiles), cdiv(rows, height)))
         # Left alone, ptxas spills a register there, on capability 8.0, to fit one more warp into a multiprocessor.
         tall = spec.layout == "channels_first" and spec.chunk > 64 and spec.dtype == "float32"
-        return TuneConfig(height, width, warps, 2, splits=splits, maxnreg=128 if tall else None)
+        # And on 9.0 it does so for chunks that begin anywhere, in programs of few warps.
+        few = spec.dtype == "float32" and warps <= 2
+        return TuneConfig(
+            height, width, warps, 2, splits=splits, maxnreg=255 if few else 128 if tall else None
+        )
 
     found: list[TuneConfig] = []
     if values <= 1 << 22:

@@ -176,6 +176,7 @@ class SiteHandle:
         target = _state(state)
         if alpha is not None and not 0.0 <= float(alpha) <= 1.0:
             raise SeedError(f"alpha={alpha!r} is not between 0 and 1")
+        self._store.live()
         planned = moves.plan(self._store, self.site, chosen, target, blueprint)
         draws = self._store.live().transitions[self.rows].tolist()
         numbers = []
