@@ -14,6 +14,7 @@ Writes `tuning.json`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,20 +22,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from figures import CASES
 from timing import machine, write_json
 
-from morphc.kernels import telemetry, tuner
+from morphc.kernels import telemetry, training, tuner
 from morphc.kernels.cache import tables
 from morphc.kernels.spec import KernelSpec
 from morphc.kernels.tuner import Task
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("forward", "backward", "train")
+KINDS = ("telemetry", "forward", "backward", "train")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 START = """
 import json, sys, time
@@ -54,7 +58,9 @@ model = morphc.compile(host, (ids,), config=morphc.Config(seeds_per_layer=1024, 
 compiled = time.perf_counter()
 told = {"compile_s": compiled - began}
 if mode == "tune":
-    found = morphc.tune(model, "quick")
+    def progress(text, done, total):
+        print(f"{time.perf_counter() - compiled:6.1f} s {done}/{total} {text}", file=sys.stderr)
+    found = morphc.tune(model, "quick", progress=progress)
     told |= {"tune_s": time.perf_counter() - compiled, "kernels": len(found.outcomes)}
     told["failed"] = [one.kernel for one in found.outcomes if one.us is None]
 for site in morphc.seeds(model).sites.values():
@@ -92,54 +98,60 @@ print("told " + json.dumps(told))
 """
 
 
-def start() -> dict[str, Any]:
-    """Cold with tuning, warm, and cold without."""
-    found = {}
+def start(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cold with tuning, warm, and cold without, as each is done."""
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as empty:
-        found["cold, quick tuning"] = _process("tune", cache)
-        found["warm"] = _process("run", cache)
-        found["warm, nothing may be compiled"] = _process("run", cache, MORPHC_REQUIRE_CACHED="1")
-        found["cold, no tuning"] = _process("run", empty)
-    return found
+        yield "cold, quick tuning", _process("tune", cache, seconds)
+        yield "warm, nothing may be compiled", _process("run", cache, seconds, MORPHC_REQUIRE_CACHED="1")
+        yield "warm", _process("run", cache, seconds)
+        yield "cold, no tuning", _process("run", empty, seconds)
 
 
-def _process(mode: str, cache: str, **variables: str) -> dict[str, Any]:
+def _process(mode: str, cache: str, seconds: float, **variables: str) -> dict[str, Any]:
     # Triton's own cache would hide what ours does.
     env = os.environ | {"MORPHC_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"} | variables
     began = time.perf_counter()
-    ran = subprocess.run(
-        [sys.executable, "-c", START, mode], capture_output=True, text=True, env=env, cwd=HERE.parent
-    )
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", START, mode],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=HERE.parent,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {seconds:.0f} s"}
     told = [line for line in ran.stdout.splitlines() if line.startswith("told ")]
     if not told:
-        return {"failed": ran.stderr[-800:]}
+        return {"failed": f"status {ran.returncode}, see its stderr above"}
     return json.loads(told[-1][5:]) | {"process_s": time.perf_counter() - began}
 
 
-def grid(shapes: list[str], seconds: float) -> list[dict[str, Any]]:
-    """One record a kernel: the guess's time, the quick run's and the full run's."""
-    end = time.monotonic() + seconds
-    records = []
-    for name in shapes:
+def grid(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Of each shape, one record a kernel: the guess's time, the quick run's and the full run's."""
+    end = time.monotonic() + options.seconds
+    kinds = options.kinds.split(",")
+    for dtype, name in itertools.product(options.dtypes.split(","), options.shapes.split(",")):
         if time.monotonic() > end:
-            print(f"no time left for {name}", file=sys.stderr)
+            print(f"no time left for {name} {dtype}", file=sys.stderr)
             continue
-        outcomes = tuner.tune(_tasks(name), torch.device("cuda"), "full", progress=_progress)
-        for one in outcomes:
-            records.append({"case": name, "kernel": one.kernel, **_record(one)})
-    return records
+        tasks = [_task(kind, name, DTYPES[dtype]) for kind in kinds]
+        tasks = [task for task in tasks if task.spec.kind != "train" or not training.refuses(task.spec)]
+        outcomes = tuner.tune(tasks, torch.device("cuda"), "full", progress=_progress)
+        yield [{"case": name, "dtype": dtype, "kernel": one.kernel, **_record(one)} for one in outcomes]
 
 
-def _tasks(name: str) -> list[Task]:
+def _task(kind: str, name: str, dtype: torch.dtype) -> Task:
     case = CASES[name]
-    found = [Task(telemetry.spec_of(case.features, case.seeds, torch.bfloat16), case.rows)]
-    for kind in KINDS:
-        spec = KernelSpec(
-            kind=kind, features=case.features, seeds=case.seeds, chunk=case.chunk, slots=max(4, case.seeds // 10),
-            rank=case.rank, blueprint="bottleneck", blend="residual", epilogue=None, layout="last", dtype="bfloat16",
-        )  # fmt: skip
-        found.append(Task(spec, case.rows))
-    return found
+    if kind == "telemetry":
+        return Task(telemetry.spec_of(case.features, case.seeds, dtype), case.rows)
+    spec = KernelSpec(
+        kind=kind, features=case.features, seeds=case.seeds, chunk=case.chunk, slots=max(4, case.seeds // 10),
+        rank=case.rank, blueprint="bottleneck", blend="residual", epilogue=None, layout="last",
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return Task(spec, case.rows)
 
 
 def _record(one: tuner.Outcome) -> dict[str, Any]:
@@ -162,6 +174,10 @@ def _record(one: tuner.Outcome) -> dict[str, Any]:
         "candidates": len(times),
         "left_out": sum(us is None for us in times),
         "memory_share": one.roofline,
+        "trials": [
+            {"config": msgspec.to_builtins(trial.config), "us": trial.us, "problem": trial.problem}
+            for trial in answer.trials
+        ],
     }
 
 
@@ -172,8 +188,8 @@ def _tables(kernel: str) -> list[tables.Table]:
 
 
 def _progress(text: str, done: int, total: int) -> None:
-    if not done % 20:
-        print(f"\r{text[:100]:100} {done}/{total}", end="", file=sys.stderr)
+    if ": candidate 0 of" in text or not (done % 40 or "candidate" in text):
+        print(f"{text[:100]} {done}/{total}", file=sys.stderr)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -193,31 +209,41 @@ def main() -> int:
     )
     parser.add_argument("--only", default="start,grid")
     parser.add_argument("--shapes", default=",".join(CASES))
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--dtypes", default="bf16", help=", ".join(DTYPES))
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="begin no shape of the grid after that many"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds that a process of `start` may take"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     told: dict[str, Any] = {"machine": machine(torch.device("cuda"))}
     if "start" in options.only:
-        told["start"] = start()
-        write_json(options.out / "tuning.json", told)
-        for name, one in told["start"].items():
-            print(
-                name,
-                {key: round(value, 3) if isinstance(value, float) else value for key, value in one.items()},
-            )
+        told["start"] = {}
+        for name, one in start(options.limit):
+            told["start"][name] = one
+            write_json(options.out / "tuning.json", told)
+            print(f"{name}: {_line(one)}", flush=True)
     if "grid" in options.only:
-        records = grid(options.shapes.split(","), options.seconds)
-        told |= {"summary": summary(records), "kernels": records}
-        write_json(options.out / "tuning.json", told)
+        records = []
+        for found in grid(options):
+            records += found
+            told |= {"summary": summary(records), "kernels": records}
+            write_json(options.out / "tuning.json", told)
         for record in records:
-            print(
-                " ".join(
-                    f"{key}={value if not isinstance(value, float) else f'{value:.2f}'}"
-                    for key, value in record.items()
-                )
-            )
-        print(told["summary"])
+            print(_line(record))
+        print(told.get("summary"))
     return 0
+
+
+def _line(record: dict[str, Any]) -> str:
+    return " ".join(
+        f"{key}={value if not isinstance(value, float) else f'{value:.3g}'}"
+        for key, value in record.items()
+        if key != "trials"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from morphc.kernels import active, gradient, launch, telemetry, training, tuning
+from morphc.kernels import active, gradient, ladder, launch, telemetry, training, tuning
 from morphc.kernels.devices import Device
 from morphc.kernels.layout import View
 from morphc.kernels.reference.active_list import active_list
@@ -119,7 +119,10 @@ def _with_default(
     default: Callable[[KernelSpec, int], TuneConfig],
 ) -> Callable[[KernelSpec, int, Device], Sequence[TuneConfig]]:
     def configs(spec: KernelSpec, rows: int, device: Device) -> Sequence[TuneConfig]:
-        return tuple(dict.fromkeys((default(spec, rows), *tuning.candidates(spec, rows, device))))
+        first = default(spec, rows)
+        # Of wide chunks most tiles spill: what is gone on to without tuning is among the first there.
+        behind = ladder.rungs(spec, first) if spec.chunk > 128 else ()
+        return tuple(dict.fromkeys((first, *behind, *tuning.candidates(spec, rows, device))))
 
     return configs
 

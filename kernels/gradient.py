@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, ladder, launch
+from morphc.kernels import codegen, ladder, launch, tuning
 from morphc.kernels.active import DEEPEST, WIDEST, Precision, target_of
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
@@ -207,16 +207,20 @@ def default(spec: KernelSpec, rows: int) -> TuneConfig:
     if spec.blueprint != "bottleneck":
         return TuneConfig(16, max(64, pad), 4, 1, group=max(1, 64 // pad), programs=4)
     wide, bent = spec.dtype == "float32", spec.blend in ("multiply", "gate")
-    if not wide and not bent and next_pow2(spec.rank) <= 16 and spec.features == pad * spec.seeds:
+    if not wide and not bent and next_pow2(spec.rank) <= 16:
         # What won on an H200, where little stands in registers; dense: most seeds are active.
-        dense = 2 * spec.slots > spec.seeds
-        if pad == 64 and dense:
+        dense, even = 2 * spec.slots > spec.seeds, spec.features == pad * spec.seeds
+        if pad == 64 and dense and even:
             return TuneConfig(64, 64, 4, 3, programs=4)
         if pad == 16:
-            return TuneConfig(128, 16, 4, 3, programs=8)
-        if pad < 16 and dense:
-            group = min(4, 16 // pad)
-            return TuneConfig(32, 16, 2, 3, group=group, programs=8)
+            return TuneConfig(64, 16, 2, 3, programs=8)
+        if pad < 16:
+            group = tuning.spread(spec, rows, min(4, 16 // pad), 32, dense)
+            if (dense and even) or pad == 1 or next_pow2(spec.rank) <= 8 or group < min(4, 16 // pad):
+                return TuneConfig(32, group * pad, 2, 3, group=group, programs=8)
+    if wide and not bent and next_pow2(spec.rank) <= 16 and pad <= 64:
+        height, programs = (16, 4) if pad == 64 else (32, 8 if pad < 16 else 4)
+        return TuneConfig(height, pad, 2, 3, programs=programs)
     if pad >= 64:
         warps = 4 if pad == 64 and not bent else 8
         pieces = 8 if wide and pad > 64 else 1

@@ -214,16 +214,30 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
     found: list[TuneConfig] = []
     if values <= 1 << 22:
         # One step each, on as many multiprocessors as it makes programs for.
-        for width, warps in ((line, 2), (line // 2, 1), (line, 4), (line, 1), (2 * line, 4)):
+        for width, warps in ((line // 2, 1), (line, 2), (line, 4), (line, 1), (2 * line, 4)):
             for loads in (4, 8, 2):
                 found.append(
                     config(width, warps, loads, max(processors, values / (32 * warps * full * loads)))
                 )
-    # Cells of small chunks are a share of what is moved, so programs there are fewer and larger.
-    cells = spec.chunk * ITEM[spec.dtype] <= 4
-    # A multiprocessor has room for 7 of 4 warps there, whose threads have 66 to 72 registers.
-    order = ((4, 4, 7), (8, 4, 4), (4, 8, 4)) if cells else ((4, 4, 8), (4, 8, 4), (8, 4, 4))
-    for warps, loads, programs in (*order, (4, 4, 16), (2, 8, 8), (1, 8, 16), (8, 8, 2), (2, 4, 16)):
+    # Cells of small chunks are a share of what is moved, so programs there are fewer and larger. Where a chunk is one
+    # feature, or begins anywhere, adding up over warps costs most: a program there is one warp. All orders are what
+    # won on an H200.
+    even = next_pow2(spec.chunk) * spec.seeds == spec.features
+    order = ((4, 4, 8), (4, 8, 4), (8, 4, 4))
+    half, last = ITEM[spec.dtype] == 2, spec.layout == "last"
+    if last and half and spec.chunk == 1:
+        order = ((1, 16, 8), (1, 8, 16), (2, 8, 8))
+    elif last and half and not even:
+        order = ((1, 8, 16), (2, 8, 8), (1, 16, 8))
+    elif last and half:
+        order = ((2, 8, 8), (4, 8, 4), (4, 4, 8)) if spec.chunk <= line else ((4, 8, 4), (8, 8, 2), (4, 4, 8))
+    elif last and even and 4 <= spec.chunk <= 2 * line:
+        order = ((2, 8, 8), (1, 8, 16), (4, 8, 4)) if spec.chunk <= line else ((1, 8, 16), (2, 8, 8), (4, 8, 4))
+    elif spec.chunk * ITEM[spec.dtype] <= 4:
+        # A multiprocessor has room for 7 of 4 warps there, whose threads have 66 to 72 registers.
+        order = ((4, 4, 7), (8, 4, 4), (4, 8, 4))
+    rest = ((4, 4, 8), (4, 8, 4), (4, 4, 16), (2, 8, 8), (1, 8, 16), (8, 8, 2), (2, 4, 16))
+    for warps, loads, programs in dict.fromkeys((*order, *rest)):
         for width in (line, 2 * line, line // 2):
             found.append(config(width, warps, loads, programs * processors))
     return tuple(dict.fromkeys(found))

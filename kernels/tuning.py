@@ -135,6 +135,8 @@ MULTIPROCESSORS: Final = {
 }
 SECTOR: Final = 32
 ITEM_US: Final = 1.2
+FEW_TILES: Final = 40
+"""Fewer than these, and smaller ones were faster on an H200."""
 IN_FLIGHT: Final = 26_000
 """Bytes a multiprocessor has on their way when memory is busy: 4.3 TB/s for 0.8 us, over 132 of them."""
 
@@ -168,6 +170,8 @@ def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
     least = min(most, max(1, 4 // pad)) if spec.rank else 1
     groups = [group for group in (1, 2, 4, 8, 16) if least <= group <= most] or [1]
     heights = [height for height in (16, 32, 64, 128, 256) if height <= max(16, rows)]
+    if spec.kind != "forward":
+        return _gradient_grid(spec, pad, dict.fromkeys((1, *groups)), heights)
     found = []
     for group, height, programs, warps, stages in itertools.product(
         groups, heights, (2, 4, 8), (2, 4, 8), (1, 2, 3)
@@ -178,8 +182,24 @@ def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
             config = TuneConfig(height, group * pad, warps, stages, group=group, programs=programs)
             if not reads_beyond(spec, config):
                 found.append(config)
-    if spec.kind == "backward":
-        found += [msgspec.structs.replace(config, maxnreg=128) for config in found if config.num_warps >= 4]
+    return found
+
+
+def _gradient_grid(
+    spec: KernelSpec, pad: int, groups: Iterable[int], heights: Sequence[int]
+) -> list[TuneConfig]:
+    """Kernels that form gradients hold several tiles and sums, so only low ones fit a thread's registers: of some three
+    hundred that were compiled, those with up to 32 values of a tile a thread, half as many in float32. Stages and a
+    cap on registers changed nothing there, or spilled.
+    """
+    most = 16 if spec.dtype == "float32" else 32
+    found = []
+    for group, height, programs, warps in itertools.product(groups, heights, (2, 4, 8), (1, 2, 4, 8)):
+        broadest = max(16, group * pad, group * next_pow2(spec.rank) if spec.rank else 0)
+        config = TuneConfig(height, group * pad, warps, 3, group=group, programs=programs)
+        fits = 4 <= height * broadest / (32 * warps) <= most
+        if (fits or (height == heights[0] and warps == 8)) and not reads_beyond(spec, config):
+            found.append(config)
     return found
 
 
@@ -189,16 +209,23 @@ def reads_beyond(spec: KernelSpec, config: TuneConfig) -> bool:
 
 
 def _usual(spec: KernelSpec, rows: int) -> TuneConfig | None:
-    """What won on an H200 for forwards of 16 bits and rank 16, at one, ten and a hundred percent active.
+    """What won on an H200 for forwards of rank 16, at one, ten and a hundred percent active.
 
     A tile is 16 columns of small chunks, or the 64 of a line of memory where chunks are that wide or nearly all of
     them are active; a program holds two to four kilobytes of it.
     """
-    if spec.kind != "forward" or spec.blueprint != "bottleneck" or spec.dtype == "float32":
+    if spec.kind != "forward" or spec.blueprint != "bottleneck":
         return None
     pad, deep = next_pow2(spec.chunk), next_pow2(spec.rank)
     if deep > 32:
         return None
+    if spec.dtype == "float32":
+        # Dots of three passes leave room for half as much.
+        group = max(1, min(16 // pad, 32 // deep))
+        height = min(64 if pad <= 64 else 32, max(16, next_pow2(rows)))
+        group = spread(spec, rows, group, height, 2 * spec.slots > spec.seeds)
+        warps = 8 if pad > 64 else 2 if pad == 16 or height < 64 else 4
+        return TuneConfig(height, group * pad, warps, 3, group=group, programs=8)
     dense = 2 * spec.slots > spec.seeds
     columns = max(pad, 64) if pad >= 16 and dense else max(pad, 16)
     group = columns // pad
@@ -207,15 +234,27 @@ def _usual(spec: KernelSpec, rows: int) -> TuneConfig | None:
         columns = group * pad
     # Hidden values are what a tile of small chunks has most of.
     height = 64 if columns >= 64 or group * deep >= 128 else 128
-    if columns >= 64 and rows >= 32 and pad >= 64 and not dense and rows * spec.slots < 1 << 18:
+    if pad == 64 and rows >= 32 and not dense and rows * spec.slots < 1 << 14:
         height = 32
     height = min(height, max(16, next_pow2(rows)))
+    group = spread(spec, rows, group, height, dense)
+    columns = group * pad
     # Addresses of columns that lie anyhow, and a gate's weights, want registers too.
     crowded = columns >= 64 and (spec.blend in ("multiply", "gate") or spec.features != pad * spec.seeds)
-    if pad > 128:
-        height = min(height, 32)
     warps = (8 if columns > 64 else 4 if height >= 64 else 2) * (2 if crowded and columns == 64 else 1)
-    return TuneConfig(height, group * pad, warps, 3, group=group, programs=8)
+    return TuneConfig(height, columns, warps, 3, group=group, programs=8)
+
+
+def spread(spec: KernelSpec, rows: int, group: int, height: int, dense: bool) -> int:
+    """Chunks of a tile, fewer than `group` where there would be so few tiles that most of the device stood idle."""
+    active = spec.slots if dense else max(1, min(spec.slots, cdiv(spec.seeds, 10)))
+    while (
+        group > 1
+        and group * next_pow2(spec.chunk) > 4
+        and cdiv(active, group) * cdiv(rows, height) < FEW_TILES
+    ):
+        group //= 2
+    return group
 
 
 def _cost(spec: KernelSpec, rows: int, config: TuneConfig, device: Device) -> float:
