@@ -16,7 +16,7 @@ from morphc.errors import ConfigError, MorphcWarning
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Plan
 from morphc.reporting import Report
-from morphc.runtime.plain import plain_attributes
+from morphc.runtime.plain import plain_attributes, plain_value
 from morphc.runtime.store import store_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def detach(model: M) -> M:
     The model keeps its sites. What active seeds add is lost; `morphc.fold` keeps it. Raises NotMorphedError.
     """
     store_of(model)
-    return clone_tree(model, attributes=plain_attributes)
+    return clone_tree(model, attributes=plain_attributes, read=plain_value)
 
 
 def enlarge(model: M, *, slots: int) -> M:

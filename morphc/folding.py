@@ -31,7 +31,7 @@ from morphc.kernels.reference.chunks import bounds
 from morphc.lifecycle import TABLE, Lifecycle
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Block
-from morphc.runtime.plain import plain_attributes
+from morphc.runtime.plain import plain_attributes, plain_value
 from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
 from morphc.runtime.store import SeedStore, root_of, store_of
@@ -103,7 +103,7 @@ def fold_account(model: nn.Module) -> tuple[str, ...]:
 
 
 def _plain(root: nn.Module) -> nn.Module:
-    plain = clone_tree(root, attributes=plain_attributes)
+    plain = clone_tree(root, attributes=plain_attributes, read=plain_value)
     for name in [name for name in vars(plain) if name.startswith("_morphc")]:
         del vars(plain)[name]
     return plain
@@ -126,6 +126,12 @@ def _steps(store: SeedStore, root: nn.Module, plain: nn.Module) -> list[Step]:
                 )
             layer = plain.get_submodule(names[id(request.layer)])
             how, why = _decide(grown, request, layer, plain, holders, store)
+            if how == "small module" and request.past_hooks:
+                because = f" ({why})" if why else ""
+                raise FoldError(
+                    f"{_who(grown)}: becomes a small module{because}, which hangs in the layer as a hook, and the host "
+                    f"calls this layer's forward past its hooks: call the layer itself, not its forward, or {_WAY_OUT}"
+                )
             steps.append(Step(grown, request, how, why))
     return steps
 

@@ -58,21 +58,26 @@ _WEAK_CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValu
 
 
 def clone_tree(
-    root: M, *, copy_tensors: bool = False, attributes: Callable[[nn.Module], Mapping[str, Any]] = vars
+    root: M,
+    *,
+    copy_tensors: bool = False,
+    attributes: Callable[[nn.Module], Mapping[str, Any]] = vars,
+    read: Callable[[Any], Any] | None = None,
 ) -> M:
     """Clone `root` and every module below it.
 
     copy_tensors: give the clone tensors of its own (ties kept) instead of sharing the host's. attributes: what
-    each clone is filled with, `vars` of the module unless told otherwise.
+    each clone is filled with, `vars` of the module unless told otherwise. read: what a value that is found in there, or
+    in what it holds, stands for.
     """
     memo: dict[int, nn.Module] = {}
     originals = list(_all_modules(root, attributes))
     for module in originals:
         if isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = copy.deepcopy(module) if copy_tensors else module
+            memo[id(module)] = _copied_script(module) if copy_tensors else module
             continue
         memo[id(module)] = object.__new__(type(module))
-    rebind = _Rebinder(memo, Belongings(originals, attributes), _hooks_of(originals, attributes))
+    rebind = _Rebinder(memo, Belongings(originals, attributes), _hooks_of(originals, attributes), read)
     for module in originals:
         clone = memo[id(module)]
         if clone is not module and not isinstance(module, torch.jit.ScriptModule):
@@ -81,6 +86,16 @@ def clone_tree(
     if copy_tensors:
         _own_tensors(result)
     return result
+
+
+def _copied_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """A copy whose parameters are leaves: a plain deepcopy's are differentiable clones of the host's, whose gradients
+    end up there."""
+    with torch.no_grad():
+        copied: torch.jit.ScriptModule = copy.deepcopy(module)
+    for own, given in zip(copied.parameters(), module.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
+    return copied
 
 
 def _hooks_of(
@@ -172,8 +187,15 @@ def _weak_items(value: Any) -> list[Any]:
 class _Rebinder:
     """Replaces references to old modules by references to their clones, copying only what contains one."""
 
-    def __init__(self, memo: dict[int, nn.Module], own: Belongings, hooks: Iterator[Any]) -> None:
+    def __init__(
+        self,
+        memo: dict[int, nn.Module],
+        own: Belongings,
+        hooks: Iterator[Any],
+        read: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.memo = memo
+        self.read = read
         self.own = own
         self.containers: dict[int, Any] = {}
         self.without: set[int] = set()
@@ -187,6 +209,8 @@ class _Rebinder:
                 self.moving.update(id(value) for value in found if self._is_hook_over_own(value))
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
+        if self.read is not None:
+            value = self.read(value)
         if is_proxy(value):
             target = behind(value)
             fresh = self(target) if isinstance(target, nn.Module) else target

@@ -82,6 +82,8 @@ class _Search:
         self.shapes: dict[str, Shape] = {}
         self.owners: dict[str, str] = {}
         self.attentions: dict[str, str] = {}
+        # Layers whose forward is called directly.
+        self.past_hooks: set[str] = set()
         self.calls: dict[str, WeightedCall] = {}
         self.misses: dict[str, Miss] = {}
         self.flow = Flow(collapse(self.recording.flow, set(), {}).graph)
@@ -189,6 +191,7 @@ class _Search:
                 call.source,
             )
         if call.inside in self.shapes:
+            self.past_hooks.add(call.inside)
             return
         known = self.calls.get(name)
         if call.reason or call.features == 0:
@@ -387,6 +390,7 @@ class _Search:
             owns_input=self._owns_input(path, module),
             quantized=shape.quantized,
             executed=executed,
+            past_hooks=path in self.past_hooks,
             note="; ".join(filter(None, (note, self._fold_note(path, attention is not None)))),
             parts=3 if attention is not None and path.endswith(PACKED) else 1,
             positions=kinds_of.positions_of(shape, output),
@@ -450,6 +454,9 @@ class _Search:
         """What must be known before a seed is grown there: a functional layer has no module to hang one into."""
         others = [name for name in self.config.blueprints if name != "affine"]
         functional = attention or path in self.calls
+        hung = [name for name in others if name not in ("lowrank", "widen")]
+        if path in self.past_hooks and hung:
+            return f"its forward is called directly, past hooks: fold doesn't take back {', '.join(hung)}"
         return (
             f"a functional layer: fold takes back affine, not {', '.join(others)}"
             if functional and others

@@ -116,6 +116,7 @@ def _request(site: Site, modules: dict[str, nn.Module]) -> SiteRequest:
         parameter=site.parameter,
         owner=modules[site.owner] if site.owner is not None else None,
         tap_features=site.tap_features,
+        past_hooks=site.past_hooks,
     )
 
 

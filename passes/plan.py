@@ -30,7 +30,8 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `dominates`: how many later values can only be reached through this one. `host_flops_per_row`: the host
     layer's own. `parts`: the features are that many equal parts which each have the same number of chunks, three
     for the packed q | k | v of a MultiheadAttention. `positions`: of a sample, behind its features (height times width
-    of an image); 1 where the features come last.
+    of an image); 1 where the features come last. `past_hooks`: the layer's `forward` is called directly, so that hooks
+    on it, and what `fold` would hang there, see nothing.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantized: bool = False
     shared_weight: bool = False
     executed: bool = True
+    past_hooks: bool = False
     residual_branch: bool = False
     bottleneck: bool = False
     dominates: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,15 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         if any(_is(hook, own) for hook in attributes.get(table, {}).values()):
             attributes[table] = _without(attributes[table], lambda _, hook, own=own: _is(hook, own))
     return attributes
+
+
+def plain_value(value: Any) -> Any:
+    """The bound method that a wrapped forward stands for, which a host may keep in a list; anything else as it is."""
+    while isinstance(value, SiteForward | RegionForward):
+        own = value.layer if isinstance(value, SiteForward) else value.module
+        before = value.replaced if isinstance(value, SiteForward) else value.previous
+        value = before if before is not None else types.MethodType(type(own).forward, own)
+    return value
 
 
 def _is(hook: Any, own: Any) -> bool:

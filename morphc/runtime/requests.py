@@ -25,7 +25,7 @@ class SiteRequest:
     wrapped, where that is not the layer. parameter: name of the parameter of a functional layer; nothing is
     wrapped then, and the caller calls the site. tap_features: width of the layer's input, 0 where it has no
     floating one. slots: of each of the site's banks; None for `Config.slots`, or 4. output_index: which element
-    of a tuple output is watched.
+    of a tuple output is watched. past_hooks: the layer's forward is called directly, not through its hooks.
     """
 
     path: str
@@ -43,6 +43,7 @@ class SiteRequest:
     tap_features: int = 0
     owner: nn.Module | None = None
     slots: int | None = None
+    past_hooks: bool = False
 
 
 def functional_name(parameter: str) -> str:

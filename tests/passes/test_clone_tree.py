@@ -541,7 +541,11 @@ class TestValues:
         clone = clone_tree(host)
         assert clone[0] is host[0]
         assert clone[1] is not host[1]
-        assert clone_tree(host, copy_tensors=True)[0] is not host[0]
+        copied = clone_tree(host, copy_tensors=True)
+        assert copied[0] is not host[0]
+        copied(torch.randn(3, 8)).sum().backward()
+        assert all(p.is_leaf and p.grad is not None for p in copied.parameters())
+        assert all(p.grad is None for p in host.parameters())
 
     def test_packed_sequences_go_through_a_cloned_rnn(self):
         host = nn.GRU(8, 8, batch_first=True)
