@@ -35,13 +35,14 @@ VARIANT_US = 60_000.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: the median of the rounds, and the ends of their middle half."""
+    """Microseconds of one call: the median of the rounds, and the ends of their middle half. each: of every round."""
 
     us: float
     low: float
     high: float
     rounds: int
     calls: int
+    each: tuple[float, ...] = ()
 
 
 NO_TIME = Timing(math.nan, math.nan, math.nan, 0, 1)
@@ -185,6 +186,7 @@ def _timing(entry: _Ready) -> Timing:
         high=times[-1 - quarter],
         rounds=len(times),
         calls=entry.calls,
+        each=tuple(entry.times),
     )
 
 
