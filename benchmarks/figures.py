@@ -167,12 +167,25 @@ def _known(record: Record) -> bool:
 
 
 def merged(*runs: Iterable[Record]) -> list[Record]:
-    """Records of several runs; of equal ones the last."""
+    """Records of several runs; of equal ones the last, held as well to what only an earlier run has timed."""
     found: dict[tuple[Any, ...], Record] = {}
     for run in runs:
         for record in run:
-            found[record["dtype"], record["case"], record["part"], record["what"]] = record
+            key = record["dtype"], record["case"], record["part"], record["what"]
+            if key in found and _known(record):
+                _carry_over(found[key], record)
+            found[key] = record
     return list(found.values())
+
+
+def _carry_over(before: Record, record: Record) -> None:
+    known = {check["of"] for check in record.get("goals", ())}
+    for check in before.get("goals", ()):
+        if check["of"] not in known:
+            ratio = record["us"] * check["most"] / check["bound_us"]
+            record.setdefault("goals", []).append({**check, "is": ratio, "ok": ratio <= check["most"]})
+    if "goals" in record:
+        record["ok"] = all(check["ok"] for check in record["goals"])
 
 
 COLUMNS = (
