@@ -212,6 +212,8 @@ def default(spec: KernelSpec, rows: int) -> TuneConfig:
         dense, even = 2 * spec.slots > spec.seeds, spec.features == pad * spec.seeds
         if pad == 64 and dense and even:
             return TuneConfig(64, 64, 4, 3, programs=4)
+        if pad == 16 and dense and even:
+            return TuneConfig(128, 16, 4, 3, programs=8)
         if pad == 16:
             return TuneConfig(64, 16, 2, 3, programs=8)
         if pad < 16:

@@ -225,13 +225,15 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
     even = next_pow2(spec.chunk) * spec.seeds == spec.features
     order = ((4, 4, 8), (4, 8, 4), (8, 4, 4))
     half, last = ITEM[spec.dtype] == 2, spec.layout == "last"
+    # An activation, and writing it, want more threads.
+    plain = spec.epilogue is None
     if last and half and spec.chunk == 1:
         order = ((1, 16, 8), (1, 8, 16), (2, 8, 8))
     elif last and half and not even:
         order = ((1, 8, 16), (2, 8, 8), (1, 16, 8))
-    elif last and half:
+    elif last and half and plain:
         order = ((2, 8, 8), (4, 8, 4), (4, 4, 8)) if spec.chunk <= line else ((4, 8, 4), (8, 8, 2), (4, 4, 8))
-    elif last and even and 4 <= spec.chunk <= 2 * line:
+    elif last and even and plain and 4 <= spec.chunk <= 2 * line:
         order = ((2, 8, 8), (1, 8, 16), (4, 8, 4)) if spec.chunk <= line else ((1, 8, 16), (2, 8, 8), (4, 8, 4))
     elif spec.chunk * ITEM[spec.dtype] <= 4:
         # A multiprocessor has room for 7 of 4 warps there, whose threads have 66 to 72 registers.

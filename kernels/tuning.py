@@ -236,6 +236,8 @@ def _usual(spec: KernelSpec, rows: int) -> TuneConfig | None:
     height = 64 if columns >= 64 or group * deep >= 128 else 128
     if pad == 64 and rows >= 32 and not dense and rows * spec.slots < 1 << 14:
         height = 32
+    if pad > 128 and dense:
+        height = 32
     height = min(height, max(16, next_pow2(rows)))
     group = spread(spec, rows, group, height, dense)
     columns = group * pad
