@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
+from morphc import plantuned
 from morphc.config import Config
 from morphc.errors import (
     AlreadyMorphedError,
@@ -21,7 +22,6 @@ from morphc.errors import (
     PlanError,
     UnsupportedHostError,
 )
-from morphc.kernels import tuning
 from morphc.kernels.backend import chosen
 from morphc.kernels.blueprints import base as blueprints
 from morphc.passes.capture import Capture
@@ -95,7 +95,7 @@ def compile_program(
         raise UnsupportedHostError("the passes given don't end in a model; end them with lower")
     _finish(program)
     if plan is None and adopt_kept(program.model, program.plan):
-        program.plan = replace(program.plan, tuned=tuning.known(program.plan.specs))
+        program.plan = plantuned.with_tuned(program.plan)
     report = _report(program, records, time.perf_counter() - started)
     store_of(program.model).report = report
     return Compiled(program.model, report)
@@ -198,7 +198,8 @@ def _program(
         if plan.morphc_version != __version__:
             program.notes.append(f"the plan was made by morphc {plan.morphc_version}, this is {__version__}")
         program.plan = plan
-        tuning.adopt(plan.tuned)
+        if strange := plantuned.adopt(plan):
+            program.warn(strange)
         program.demoted = {note.path: note.reason for note in plan.regions if not note.runs}
     return program
 

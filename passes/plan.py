@@ -96,11 +96,15 @@ class RegionNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that compile decided. Given back, it is followed without searching again."""
+    """Everything that compile decided. Given back, it is followed without searching again.
+
+    tuned: configs by kernel and rows; made_from: which code those kernels were, by kernel.
+    """
 
     sites: tuple[Site, ...] = ()
     specs: tuple[KernelSpec, ...] = ()
     tuned: dict[str, TuneConfig] = {}
+    made_from: dict[str, str] = {}
     misses: tuple[Miss, ...] = ()
     regions: tuple[RegionNote, ...] = ()
     model_class: str = ""

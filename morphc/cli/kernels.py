@@ -22,8 +22,8 @@ from morphc.kernels.backend import unavailable
 from morphc.kernels.cache import bundle
 from morphc.kernels.cache.counters import Count
 from morphc.kernels.cache.prune import told_size
-from morphc.kernels.tuning import known
 from morphc.output import OutputFolder
+from morphc.plantuned import with_tuned
 from morphc.tuneup import Tuning, tasks_of, tune_sites
 
 BUNDLE = "kernels.tar.gz"
@@ -131,8 +131,7 @@ def tune_here(program: Compiled, mode: str) -> Tuning:
     except KeyboardInterrupt:
         print("morphc: what was timed is kept; the same command goes on from there", file=sys.stderr)
         raise
-    tuned = msgspec.structs.replace(plan, tuned=known(plan.specs))
-    program.report = dataclasses.replace(program.report, plan=tuned)
+    program.report = dataclasses.replace(program.report, plan=with_tuned(plan))
     return found
 
 

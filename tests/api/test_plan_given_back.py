@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -13,7 +14,10 @@ from msgspec.structs import replace
 from torch import nn
 
 import morphc
+from morphc import plantuned
 from morphc.errors import PlanError
+from morphc.kernels import tuning
+from morphc.kernels.spec import TuneConfig
 from morphc.passes import capture, find_candidates
 
 ENCODER = nn.TransformerEncoderLayer(8, 2, 6)
@@ -230,3 +234,47 @@ class TestRefused:
         assert list(host.state_dict()) == list(state)
         assert all(torch.equal(state[key], value) for key, value in host.state_dict().items())
         assert "forward" not in vars(host.fc1)
+
+
+class TestTunedConfigs:
+    """A config holds for the kernel that was timed, not for one that other templates make."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_known(self) -> Iterator[None]:
+        tuning.forget()
+        yield
+        tuning.forget()
+
+    def tuned_plan(self) -> tuple[nn.Module, morphc.Plan, str]:
+        host = Mlp()
+        plan = plan_of(host)
+        spec = next(spec for spec in plan.specs if spec.kind == "forward")
+        name = tuning.key(spec, 4)
+        tuning.adopt({name: TuneConfig(16, 16, 2, 1)})
+        plan = plantuned.with_tuned(plan)
+        assert list(plan.tuned) == [name]
+        tuning.forget()
+        return host, plan, name
+
+    def test_those_of_the_same_code_are_used(self) -> None:
+        host, plan, name = self.tuned_plan()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            morphc.compile(host, plan=through_json(plan))
+        assert tuning.known() == {name: TuneConfig(16, 16, 2, 1)}
+
+    def test_those_of_another_template_are_named_and_left(self) -> None:
+        host, plan, _ = self.tuned_plan()
+        old = replace(plan, made_from=dict.fromkeys(plan.made_from, "0123456789ab"))
+        with pytest.warns(
+            morphc.errors.MorphcWarning, match=r"forward_.*other templates .*0123456789ab.*not used"
+        ):
+            model = morphc.compile(host, plan=through_json(old))
+        assert tuning.known() == {}
+        assert morphc.report(model).warnings
+
+    def test_those_that_do_not_say_what_they_are_of_are_left(self) -> None:
+        host, plan, _ = self.tuned_plan()
+        with pytest.warns(morphc.errors.MorphcWarning, match="made from \\?"):
+            morphc.compile(host, plan=replace(plan, made_from={}))
+        assert tuning.known() == {}
