@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from morphc.errors import ConfigError, MorphcWarning
 from morphc.grow.controllers import Command, Controller, Germinate, Observation, PlateauController
-from morphc.grow.evaluation import Evaluate, Worth, contributions
-from morphc.grow.gradients import Ratios
-from morphc.grow.rollback import Cohort, offenders, roll_back, worse_by
-from morphc.grow.signals import Losses
+from morphc.grow.evaluation import Evaluate
+from morphc.grow.hostrates import HostRates
+from morphc.grow.measuring import Measuring
+from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
 from morphc.grow.snapshot import (
     Snapshot,
     model_state,
@@ -37,16 +37,12 @@ from morphc.grow.snapshot import (
 )
 from morphc.grow.tree import clone
 from morphc.lifecycle import Lifecycle
-from morphc.runtime import commands, grafts, recycling, ticking
+from morphc.runtime import grafts, recycling, ticking
 from morphc.runtime.commands import Transition
 from morphc.runtime.seeds import Seeds
-from morphc.runtime.store import root_of, store_of
+from morphc.runtime.store import store_of
 
 _L = Lifecycle
-AGAIN = 10
-"""Ticks between two evaluations of a seed that didn't pass."""
-COHORTS = 2
-"""Snapshots of grafts that are kept."""
 
 
 @dataclass
@@ -101,16 +97,12 @@ class Grower:
         self.steps = self.ticks = 0
         self.metrics: list[float] = []
         self.new_epoch = False
-        self.losses = Losses(self.config.rollback_sigma, self.config.rollback_times)
-        self.ratios = Ratios(self.store)
-        self.cohorts: list[Cohort] = []
-        self.evaluated: dict[int, tuple[int, float]] = {}
+        self.measuring = Measuring(model, self.seeds, evaluate, self.lower)
+        self.losses, self.ratios = self.measuring.losses, self.measuring.ratios
+        self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
-        self.health = self.seeds.telemetry()
-        self._measured_at = (0, 0)
-        self._known_lr: float | None = None
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
-        self._scale: Tensor | None = None
+        self.rates = HostRates(model, optimizer, scaler, self.config.seed_lr)
         if evaluate is None:
             warnings.warn(
                 "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
@@ -118,8 +110,6 @@ class Grower:
                 MorphcWarning,
                 stacklevel=2,
             )
-        if scaler is not None and scaler.is_enabled():
-            root_of(model).register_forward_pre_hook(self._note_scale)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +128,7 @@ class Grower:
         due = self.steps % self.tick_every == 0
         if due:
             self.ratios.take()
-        self.store.step_optimizer(lr=self._lr(), scale=self._scale)
+        self.store.step_optimizer(lr=self.rates.lr(due), scale=self.rates.scale)
         after = getattr(self.controller, "after_step", None)
         if after is not None:
             after(self.model, self.optimizer)
@@ -148,7 +138,7 @@ class Grower:
         """Tell the validation metric of an epoch; a graft that made it worse than the bound is rolled back."""
         metric = float(val_metric)
         event = Event(self.steps)
-        told = [cohort for cohort in self.cohorts if cohort.metric is not None]
+        told = [cohort for cohort in self.cohorts.open if cohort.metric is not None]
         if told:
             drop = worse_by(metric, told[-1].metric, self.lower)
             if not drop <= self.config.max_metric_drop:
@@ -160,24 +150,6 @@ class Grower:
         self.new_epoch = True
         return event
 
-    def _lr(self) -> float:
-        lr = self.optimizer.param_groups[0]["lr"]
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            # A rate on the device is read at ticks: reading it at every step would wait for the device.
-            if self._known_lr is None or self.steps % self.tick_every == 0:
-                self._known_lr = float(lr)
-            lr = self._known_lr
-        return float(lr) * self.config.seed_lr
-
-    def _note_scale(self, *_: Any) -> None:
-        if not self.model.training:
-            return
-        # The scale of this step's backward: by the time of `step`, the scaler may have moved on.
-        scale = self.scaler._scale
-        self._scale = (
-            scale.detach().clone() if isinstance(scale, Tensor) else torch.tensor(self.scaler.get_scale())
-        )
-
     # -- every tick ------------------------------------------------------------------------------------------
 
     def tick(self) -> Event:
@@ -186,114 +158,32 @@ class Grower:
         filled = (self.steps - 1) % self.tick_every + 1 if self.steps else 0
         trouble = self.losses.tell(self._window[:filled].tolist())
         self.ratios.read()
-        self._measure_health()
+        self.measuring.take_health(self.steps)
         if trouble:
             event = self._roll_back(trouble)
             if event.rolled_back:
                 return event
-        ticking.pause(self.store, self._signs())
-        per_seed = self._measure()
-        plan = ticking.decide(self.store, None, per_seed, hold=self._held())
+        ticking.pause(self.store, self.cohorts.signs(self.measuring))
+        per_seed = self.measuring.worth(self.ticks)
+        plan = ticking.decide(self.store, None, per_seed, hold=self.cohorts.holds_up())
         grafted = plan.into(_L.GRAFTING)
         self._prepare(grafted)
         event = Event(self.steps, ticking.run(self.store, plan))
         event.transitions += self._give_up(event.transitions)
         if grafted:
-            self._begin_cohort(grafted)
-        self._close_cohorts()
+            metric = self.metrics[-1] if self.metrics else None
+            cohort = self.cohorts.begin(
+                grafted, self.steps, metric, self.losses.latest, self.measuring.health
+            )
+            cohort.snapshot = self.snapshot()
+        self.cohorts.close()
         event.transitions += self._command()
         return event
-
-    def _measure_health(self) -> None:
-        """Close the telemetry window if something was measured in it; seeds that weren't keep their last health."""
-        forwards = sum(-(-site.pulse.count // max(1, site.pulse.every)) for site in self.store.sites.values())
-        seen, at = self._measured_at
-        # Forwards in a compiled graph are counted on the device: then it is looked as often as it measures.
-        if forwards == seen and self.steps - at < max(1, self.config.telemetry_every):
-            return
-        fresh = self.seeds.telemetry()
-        measured = fresh["count"] > 0
-        self.health = {name: torch.where(measured, value, self.health[name]) for name, value in fresh.items()}
-        self._measured_at = (forwards, self.steps)
-        self.seeds.reset_telemetry()
-
-    def _signs(self) -> dict[int, grafts.Signs]:
-        """What the strategies of grafting seeds look at."""
-        states = self.store.mirror()
-        rows = [int(row) for row in (states.lifecycle == int(_L.GRAFTING)).nonzero()[0]]
-        if not rows:
-            return {}
-        found = {}
-        for row in rows:
-            cohort = next((each for each in self.cohorts if row in each.rows), None)
-            start = cohort.loss if cohort is not None else math.nan
-            drift = cohort.drift(row, self.health) if cohort is not None else math.nan
-            found[row] = grafts.Signs(
-                loss=self.losses.latest / start if start else math.nan,
-                trend=self.losses.trend,
-                drift=drift,
-                gradient=self.ratios.of(row),
-                stability=self.losses.stability,
-            )
-        return found
-
-    def _measure(self) -> dict[tuple[str, int], dict[str, float]]:
-        """Contribution, improvement, stability and error rate of the seeds whose gates ask for them."""
-        states = self.store.mirror()
-        due, found = [], {}
-        for path, seed, row in self._rows():
-            state, age = Lifecycle(int(states.lifecycle[row])), int(states.ticks_in_state[row]) + 1
-            if state not in (_L.EVALUATING, _L.FINE_TUNING):
-                self.evaluated.pop(row, None)
-                continue
-            found[path, seed] = {
-                "stability": self.losses.stability,
-                "error_rate": self.ratios.error_rate(row),
-            }
-            least = self.config.minimum_ticks[3 if state is _L.EVALUATING else 4]
-            known = self.evaluated.get(row)
-            if known is not None and known[0] > self.ticks - 1 - age and self.ticks - known[0] < AGAIN:
-                continue
-            if age >= least:
-                due.append(row)
-        if due and self.evaluate is not None:
-            worth = Worth(self.model, self.store, self.evaluate)
-            for row, gain in contributions(worth, due, self.lower, draw=self.ticks).items():
-                self.evaluated[row] = (self.ticks, gain)
-        for path, seed, row in self._rows():
-            if (path, seed) in found and row in self.evaluated:
-                gain = self.evaluated[row][1]
-                fine = int(states.lifecycle[row]) == int(_L.FINE_TUNING)
-                found[path, seed]["improvement" if fine else "contribution"] = gain
-        return found
-
-    def _rows(self) -> list[tuple[str, int, int]]:
-        """(path, seed, row) of the seeds that hold a slot."""
-        held = self.store.mirror().slot >= 0
-        out = []
-        for row in (int(row) for row in held.nonzero()[0]):
-            site, seed = ticking.site_at(self.store, row)
-            out.append((site.path, seed, row))
-        return out
-
-    def _held(self) -> dict[int, str]:
-        """One cohort at a time: what a graft brings can be told from what another does."""
-        states = self.store.mirror().lifecycle
-        between = [
-            int(row) for row in ((states >= int(_L.GRAFTING)) & (states <= int(_L.EVALUATING))).nonzero()[0]
-        ]
-        if not between:
-            return {}
-        site, seed = ticking.site_at(self.store, between[0])
-        reason = (
-            f"hold: {site.path}[{seed}] is being grafted or evaluated, and cohorts go one after the other"
-        )
-        return {int(row): reason for row in (states == int(_L.TRAINING)).nonzero()[0]}
 
     def _prepare(self, rows: Sequence[int]) -> None:
         """What the refit at the graft goes by."""
         latest = self.losses.latest
-        scale = float(self._scale) if self._scale is not None else 1.0
+        scale = float(self.rates.scale) if self.rates.scale is not None else 1.0
         self.store.loss = latest * scale if math.isfinite(latest) else None
         sites = {ticking.site_at(self.store, row)[0].path for row in rows}
         self.store.graft_share = 1 / max(1, len(sites))
@@ -310,7 +200,7 @@ class Grower:
             stuck = not transition.ok and transition.gate != "hold" and transition.source != _L.STABILIZATION
             if stuck and age > minimum.get(state, 0) + self.config.graft_patience:
                 late.append((transition.path, transition.seed))
-        for path, seed, row in self._rows():
+        for path, seed, row in self.measuring.rows():
             waited = grafts.pauses_of(int(states.graft[row]))
             if int(states.lifecycle[row]) == int(_L.GRAFTING) and waited > self.config.graft_patience:
                 late.append((path, seed))
@@ -331,7 +221,7 @@ class Grower:
             new_epoch=self.new_epoch,
             lower_is_better=self.lower,
             lifecycle=states,
-            telemetry=self.health,
+            telemetry=self.measuring.health,
         )
         self.new_epoch = False
         out: list[Transition] = []
@@ -369,30 +259,15 @@ class Grower:
 
     # -- going back ------------------------------------------------------------------------------------------
 
-    def _begin_cohort(self, rows: Sequence[int]) -> None:
-        metric = self.metrics[-1] if self.metrics else None
-        cohort = Cohort(set(rows), self.steps, metric, self.losses.latest, self.health)
-        self.cohorts.append(cohort)
-        cohort.snapshot = self.snapshot()
-        for old in self.cohorts[:-COHORTS]:
-            old.snapshot = None
-
-    def _close_cohorts(self) -> None:
-        """Forget the snapshots of grafts that are decided."""
-        states = self.store.mirror().lifecycle
-        for cohort in self.cohorts:
-            cohort.rows = {row for row in cohort.rows if _L.GRAFTING <= states[row] <= _L.FINE_TUNING}
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
-
     def _roll_back(self, reason: str) -> Event:
         """Undo the last graft; an Event without `rolled_back` where none is under way."""
         event = Event(self.steps)
-        self._close_cohorts()
-        rows, snapshot = offenders(self.store, self.cohorts)
+        self.cohorts.close()
+        rows, snapshot = offenders(self.store, self.cohorts.open)
         if not rows:
             return event
-        if self.cohorts:
-            self.cohorts.pop()
+        if self.cohorts.open:
+            self.cohorts.open.pop()
         event.transitions = roll_back(self, rows, snapshot)
         event.rolled_back = (
             reason if snapshot is not None else f"{reason}; no snapshot, the host is as it was"
@@ -423,8 +298,7 @@ class Grower:
                 own.load_state_dict(clone(kept))
         restore_rng(tree["rng"], self.device)
         self.load_state_dict(tree["grower"])
-        known = {cohort.step for cohort in self.cohorts if cohort.step <= self.steps}
-        self.cohorts = [cohort for cohort in self.cohorts if cohort.step in known]
+        self.cohorts.rewind(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, losses, metrics and the controller's own state. The model's is `morphc.save`'s, or a snapshot's."""
@@ -435,12 +309,8 @@ class Grower:
                 "ticks": self.ticks,
                 "metrics": self.metrics,
                 "new_epoch": self.new_epoch,
-                "losses": self.losses.state_dict(),
-                "ratios": self.ratios.state_dict(),
                 "window": self._window,
-                "health": self.health,
-                "measured_at": self._measured_at,
-                "evaluated": {row: list(known) for row, known in self.evaluated.items()},
+                **self.measuring.state_dict(),
                 "controller": controller() if controller is not None else None,
             }
         )
@@ -455,14 +325,8 @@ class Grower:
             )
         self.steps, self.ticks, self.metrics = saved["steps"], saved["ticks"], list(saved["metrics"])
         self.new_epoch = saved["new_epoch"]
-        self.losses.load_state_dict(saved["losses"])
-        self.ratios.load_state_dict(saved["ratios"])
+        self.measuring.load_state_dict(saved)
         self._window = saved["window"].to(self.device)
-        self.health, self._measured_at = (
-            dict(saved["health"]),
-            (saved["measured_at"][0], saved["measured_at"][1]),
-        )
-        self.evaluated = {int(row): (known[0], known[1]) for row, known in saved["evaluated"].items()}
         load = getattr(self.controller, "load_state_dict", None)
         if load is not None and saved["controller"] is not None:
             load(saved["controller"])
@@ -474,9 +338,4 @@ class Grower:
         `finite_gradients`, `errors`, `alpha`, and `gradient_ratio`: newborn over incumbent, the RMS gradient of
         the slot over that of its host layer's parameters at the last tick. Reads the device.
         """
-        mirror = self.store.mirror()
-        found: dict[tuple[str, int], dict[str, float]] = {}
-        for path, site in self.store.sites.items():
-            for seed, known in commands.measured(self.store, site, mirror).items():
-                found[path, seed] = {**known, "gradient_ratio": self.ratios.of(site.offset + seed)}
-        return found
+        return self.measuring.learning()
