@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from morphc.grow.controllers import (
         CallbackController,
         PlateauController,
-        RecycleController,
         ScheduleController,
     )
     from morphc.grow.grower import Grower
+    from morphc.grow.recycler import RecycleController
     from morphc.grow.snapshot import Snapshot
     from morphc.lifecycle import Lifecycle
     from morphc.passes.plan import Plan
@@ -61,7 +61,7 @@ _HOME = {
     "Lifecycle": "morphc.lifecycle",
     "Plan": "morphc.passes.plan",
     "PlateauController": "morphc.grow.controllers",
-    "RecycleController": "morphc.grow.controllers",
+    "RecycleController": "morphc.grow.recycler",
     "Report": "morphc.reporting",
     "ScheduleController": "morphc.grow.controllers",
     "Snapshot": "morphc.grow.snapshot",

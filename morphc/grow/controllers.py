@@ -1,7 +1,12 @@
 """Controllers: an observation in, commands out. Where and when to grow is theirs; gates and rollback are the Grower's.
 
-Any object with `decide(observation)` is one. With `state_dict` and `load_state_dict` it is saved with the Grower, and
-`after_step(model, optimizer)` is called after every step. A learned controller takes the same seat.
+Any object with `decide(observation)` is one, a learned one too. What else it may have:
+
+state_dict, load_state_dict: then it is saved with the Grower.
+begin(model, optimizer): called once, when the Grower is made. after_step(model, optimizer): called after every step.
+recycled(parameter, axis, indices): called for what was made anew.
+germinates = False: it never grows anything, so that no `evaluate` is missed.
+ranks_candidates = True: it recycles with candidates, for which the Grower looks at the batch before a tick.
 """
 
 from __future__ import annotations
@@ -10,10 +15,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from morphc.config import Config
 from morphc.errors import ConfigError
@@ -35,14 +40,20 @@ class Germinate:
 
 @dataclass(frozen=True)
 class Do:
-    """`site.cancel`, `.prune`, `.rollback`, `.reset` or `.recycle`."""
+    """`site.cancel`, `.prune`, `.rollback`, `.reset` or `Grower.recycle`, which has `candidates`."""
 
     what: Literal["cancel", "prune", "rollback", "reset", "recycle"]
     path: str
     seeds: tuple[int, ...]
+    candidates: int = 1
 
 
-Command = Germinate | Do
+@dataclass(frozen=True)
+class ResetMoments:
+    """The host's optimizer begins anew: its moments and steps become 0."""
+
+
+Command = Germinate | Do | ResetMoments
 
 
 @dataclass
@@ -51,7 +62,7 @@ class Observation:
 
     step, tick: counted from the run's begin. loss: mean over the tick. metrics: of the epochs so far, as given to
     `Grower.epoch`; new_epoch: whether the last is new. lifecycle [N]: the seeds' states. telemetry: health per seed
-    [N] float64 on the CPU, each seed's as it was last measured.
+    [N] float64 on the CPU, each seed's as it was last measured; measured [N]: whether that was in this tick.
     """
 
     seeds: Seeds
@@ -64,6 +75,7 @@ class Observation:
     lower_is_better: bool
     lifecycle: Sequence[Lifecycle]
     telemetry: Mapping[str, Tensor]
+    measured: Tensor
 
     @cached_property
     def scores(self) -> Tensor:
@@ -245,112 +257,3 @@ class CallbackController:
     def decide(self, seen: Observation) -> Sequence[Command]:
         """What the function says; None is nothing."""
         return self.function(seen) or ()
-
-
-EMA: Final = 0.9
-
-
-class RecycleController:
-    """Recycles the host's dormant units every `every` steps; with one feature a chunk, single units.
-
-    by: `dead` takes chunks whose dead fraction is at least 1 - tau; `gradient` those whose gradient norm, averaged over
-    ticks, is at most tau times their site's mean (needs `Config(gradient_telemetry=True)`). then: what else decides,
-    such as a PlateauController. l2_init: after every step the host's parameters are pulled back to where they
-    began (Kumar et al. 2023) by l2_init times the learning rate; a recycled unit's anchor is its fresh value.
-    """
-
-    def __init__(
-        self,
-        tau: float = 0.1,
-        every: int = 1000,
-        by: Literal["dead", "gradient"] = "dead",
-        most: float = 0.25,
-        then: Controller | None = None,
-        l2_init: float = 0.0,
-    ) -> None:
-        if (
-            not 0.0 <= tau <= 1.0
-            or every < 1
-            or not 0.0 < most <= 1.0
-            or l2_init < 0
-            or by not in ("dead", "gradient")
-        ):
-            raise ConfigError(
-                f"RecycleController(tau={tau}, every={every}, by={by!r}, most={most}, l2_init={l2_init}): tau and most "
-                "are between 0 and 1, every is at least 1, by is dead or gradient, l2_init isn't negative"
-            )
-        self.tau, self.every, self.by, self.most, self.then, self.l2_init = (
-            tau,
-            every,
-            by,
-            most,
-            then,
-            l2_init,
-        )
-        self.next = every
-        self.average: Tensor | None = None
-        self.anchors: dict[int, Tensor] = {}
-
-    def decide(self, seen: Observation) -> Sequence[Command]:
-        """Recycle what is dormant, if it is time; and what the inner controller says."""
-        inner = list(self.then.decide(seen)) if self.then is not None else []
-        if self.by == "gradient":
-            norm = seen.telemetry["gradient_norm"]
-            old = norm if self.average is None else torch.where(self.average.isnan(), norm, self.average)
-            self.average = torch.where(norm.isnan(), old, EMA * old + (1 - EMA) * norm)
-        if seen.step < self.next:
-            return inner
-        self.next = seen.step + self.every
-        return [*inner, *self._dormant(seen)]
-
-    def _dormant(self, seen: Observation) -> Iterable[Command]:
-        for path, handle in seen.seeds.sites.items():
-            if handle.why_not_recycled:
-                continue
-            if self.by == "dead":
-                level = 1 - seen.telemetry["dead_fraction"][handle.rows]
-            else:
-                assert self.average is not None
-                here = self.average[handle.rows]
-                level = here / here.nanmean()
-            states = seen.lifecycle[handle.rows]
-            found = [
-                seed
-                for seed in torch.argsort(level.nan_to_num(nan=math.inf)).tolist()
-                if float(level[seed]) <= self.tau and states[seed] is Lifecycle.DORMANT
-            ]
-            found = found[: max(1, int(self.most * len(handle)))]
-            if found:
-                yield Do("recycle", path, tuple(found))
-
-    @torch.no_grad()
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Pull the host's parameters towards their anchors."""
-        if not self.l2_init:
-            return
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                anchor = self.anchors.get(id(param))
-                if anchor is None:
-                    anchor = self.anchors[id(param)] = param.detach().clone()
-                param.lerp_(anchor, min(1.0, float(group["lr"]) * self.l2_init))
-
-    @torch.no_grad()
-    def recycled(self, parameter: nn.Parameter, axis: int, indices: Tensor) -> None:
-        """Let the anchor of units that were made anew follow them."""
-        anchor = self.anchors.get(id(parameter))
-        if anchor is not None:
-            places = indices.to(anchor.device)
-            anchor.index_copy_(axis, places, parameter.detach().index_select(axis, places))
-
-    def state_dict(self) -> dict[str, Any]:
-        """When to recycle next, and the averages. Anchors begin anew where a run is resumed."""
-        inner = getattr(self.then, "state_dict", None)
-        return {"next": self.next, "average": self.average, "then": inner() if inner is not None else None}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.next, self.average = saved["next"], saved["average"]
-        inner = getattr(self.then, "load_state_dict", None)
-        if inner is not None and saved["then"] is not None:
-            inner(saved["then"])

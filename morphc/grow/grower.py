@@ -20,11 +20,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from morphc.errors import ConfigError, MorphcWarning
-from morphc.grow.controllers import Command, Controller, Germinate, Observation, PlateauController
+from morphc.errors import ConfigError, MorphcWarning, SeedError
+from morphc.grow.controllers import (
+    Command,
+    Controller,
+    Germinate,
+    Observation,
+    PlateauController,
+    ResetMoments,
+)
 from morphc.grow.evaluation import Evaluate
 from morphc.grow.hostrates import HostRates
 from morphc.grow.measuring import Measuring
+from morphc.grow.probes import Probes
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
 from morphc.grow.snapshot import (
     Snapshot,
@@ -101,9 +109,15 @@ class Grower:
         self.losses, self.ratios = self.measuring.losses, self.measuring.ratios
         self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
+        self._recycled_at = 0
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
         self.rates = HostRates(model, optimizer, scaler, self.config.seed_lr)
-        if evaluate is None:
+        self.probes = Probes(self.store) if getattr(self.controller, "ranks_candidates", False) else None
+        begin = getattr(self.controller, "begin", None)
+        if begin is not None:
+            begin(model, optimizer)
+        self._look_ahead()
+        if evaluate is None and getattr(self.controller, "germinates", True):
             warnings.warn(
                 "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
                 "each is culled there in the end; give evaluate=, a function of the model",
@@ -132,7 +146,18 @@ class Grower:
         after = getattr(self.controller, "after_step", None)
         if after is not None:
             after(self.model, self.optimizer)
-        return self.tick() if due else Event(self.steps)
+        event = self.tick() if due else Event(self.steps)
+        self._look_ahead()
+        return event
+
+    def _look_ahead(self) -> None:
+        """Where candidates for recycling are ranked on the batch before a tick, be ready for that batch."""
+        if self.probes is None:
+            return
+        if (self.steps + 1) % self.tick_every == 0:
+            self.probes.arm()
+        else:
+            self.probes.disarm()
 
     def epoch(self, val_metric: float | Tensor) -> Event:
         """Tell the validation metric of an epoch; a graft that made it worse than the bound is rolled back."""
@@ -222,6 +247,7 @@ class Grower:
             lower_is_better=self.lower,
             lifecycle=states,
             telemetry=self.measuring.health,
+            measured=self.measuring.fresh,
         )
         self.new_epoch = False
         out: list[Transition] = []
@@ -235,17 +261,31 @@ class Grower:
             return self.seeds[command.path].germinate(
                 command.seeds, command.blueprint, command.graft, command.candidates
             )
+        if isinstance(command, ResetMoments):
+            recycling.forget_everything(self.optimizer, self.on_recycle)
+            return []
         if command.what == "recycle":
-            return self.recycle(command.path, command.seeds)
+            return self.recycle(command.path, command.seeds, command.candidates)
         done: list[Transition] = getattr(self.seeds[command.path], command.what)(command.seeds)
         return done
 
-    def recycle(self, path: str, seeds: Sequence[int]) -> list[Transition]:
-        """`site.recycle` with the optimizer's memory of the units; `before_recycling` is a snapshot from before."""
-        self.before_recycling = self.snapshot()
+    def recycle(self, path: str, seeds: Sequence[int], candidates: int = 1) -> list[Transition]:
+        """`site.recycle` with the optimizer's memory of the units; `before_recycling` is a snapshot from before.
+
+        candidates: so many fresh units are drawn, and those taken whose best outgoing weights take most of the squared
+        gradient of the batch before this tick (see `morphc.grow.probes`); for controllers with `ranks_candidates`.
+        """
+        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+            raise SeedError(f"candidates={candidates!r} is not a whole number of at least 1")
+        if self._recycled_at != self.steps or self.before_recycling is None:
+            self.before_recycling, self._recycled_at = self.snapshot(), self.steps
         handle = self.seeds[path]
+        incoming = None
+        if candidates > 1:
+            probes = self.probes if self.probes is not None else Probes(self.store)
+            incoming = probes.best(path, candidates)
         return recycling.recycle(
-            self.store, handle.site, handle.checked(seeds), self.optimizer, self._recycled
+            self.store, handle.site, handle.checked(seeds), self.optimizer, self._recycled, incoming
         )
 
     def _recycled(

@@ -23,7 +23,10 @@ AGAIN: Final = 10
 
 
 class Measuring:
-    """The measurements of one run. `health` [N]: telemetry of each seed as it was last measured."""
+    """The measurements of one run. `health` [N]: telemetry of each seed as it was last measured.
+
+    fresh [N]: whether that was in the tick that `take_health` was called for last.
+    """
 
     def __init__(self, model: nn.Module, seeds: Seeds, evaluate: Evaluate | None, lower: bool) -> None:
         self.model, self.seeds, self.evaluate, self.lower = model, seeds, evaluate, lower
@@ -33,6 +36,7 @@ class Measuring:
         self.ratios = Ratios(self.store)
         self.evaluated: dict[int, tuple[int, float]] = {}
         self.health = seeds.telemetry()
+        self.fresh = self.health["count"] > 0
         self._measured_at = (0, 0)
 
     def take_health(self, steps: int) -> None:
@@ -40,11 +44,12 @@ class Measuring:
         forwards = sum(-(-site.pulse.count // max(1, site.pulse.every)) for site in self.store.sites.values())
         seen, at = self._measured_at
         # Forwards in a compiled graph are counted on the device: then it is looked as often as it measures.
+        self.fresh = torch.zeros_like(self.fresh)
         if forwards == seen and steps - at < max(1, self.config.telemetry_every):
             return
-        fresh = self.seeds.telemetry()
-        measured = fresh["count"] > 0
-        self.health = {name: torch.where(measured, value, self.health[name]) for name, value in fresh.items()}
+        found = self.seeds.telemetry()
+        measured = self.fresh = found["count"] > 0
+        self.health = {name: torch.where(measured, value, self.health[name]) for name, value in found.items()}
         self._measured_at = (forwards, steps)
         self.seeds.reset_telemetry()
 

@@ -70,6 +70,8 @@ def attach(
         owners = fastpath.owners(root, request.path)
         if owners:
             store.fast_paths[request.path] = owners
+        if request.block is not None and request.block.norm is not None:
+            store.norms[request.path] = root.get_submodule(request.block.norm)
         if request.block is not None:
             _feed(root, request.block, store.sites[request.path], store)
     return store

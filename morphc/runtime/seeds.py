@@ -146,13 +146,20 @@ class SiteHandle:
         """CULLED, CANCELLED or ROLLED_BACK -> DORMANT. A rolled-back seed's embargo goes on."""
         return self._ungated(indices, Lifecycle.DORMANT)
 
-    def recycle(self, indices: Indices, optimizer: torch.optim.Optimizer | None = None) -> list[Transition]:
-        """Re-initialise the host's own units of dormant seeds: incoming weights fresh, outgoing zero.
+    def recycle(
+        self,
+        indices: Indices,
+        optimizer: torch.optim.Optimizer | None = None,
+        incoming: Tensor | Sequence[Tensor] | None = None,
+    ) -> list[Transition]:
+        """Re-initialise the host's own units of dormant seeds: incoming weights fresh, biases and outgoing zero.
 
         It needs the layer that reads these units, so the site has to be the inner layer of a block. With the host's
         optimizer, what it remembers of their rows and columns is cleared. `Grower.recycle` also takes a snapshot.
+        incoming: [units, in, *kernel], the units' incoming weights in the order of `indices`, instead of drawn ones; of
+        a gated block one for each of the two layers. Raises SeedError where their shape is another.
         """
-        return recycling.recycle(self._store, self.site, self.checked(indices), optimizer)
+        return recycling.recycle(self._store, self.site, self.checked(indices), optimizer, incoming=incoming)
 
     def _ungated(self, indices: Indices, to: Lifecycle) -> list[Transition]:
         return commands.advance(self._store, self.site, self.checked(indices), to, gated=False)

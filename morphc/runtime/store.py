@@ -92,6 +92,8 @@ class SeedStore:
         self.sites: dict[str, SeedSite] = {}
         self.requests: dict[str, SiteRequest] = {}
         self.hidden = hidden or looks_at_its_children(root)
+        # The BatchNorm between the layers of a block, by the path of its last layer.
+        self.norms: dict[str, nn.Module] = {}
         self.wrapped: list[SiteForward] = []
         self.holders: list[nn.Module] = []
         self.fast_paths: dict[str, list[nn.Module]] = {}

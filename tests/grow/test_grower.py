@@ -311,14 +311,7 @@ def test_recycling_clears_dead_units_and_the_optimizers_memory_of_them():
             value = optimizer.state[param][name].movedim(axis, 0)
             assert not value[[2, 5]].any()
             assert value[live].any()
-    assert [(axis, indices) for _, axis, indices in hooked] == [
-        (0, [2]),
-        (0, [2]),
-        (1, [2]),
-        (0, [5]),
-        (0, [5]),
-        (1, [5]),
-    ]
+    assert [(axis, indices) for _, axis, indices in hooked] == [(0, [2, 5]), (0, [2, 5]), (1, [2, 5])]
     grower.restore(grower.before_recycling)
     assert all(
         torch.equal(value, kept[name]) for name, value in model.state_dict().items() if name[0].isdigit()
