@@ -49,11 +49,21 @@ class Do:
 
 
 @dataclass(frozen=True)
+class Advance:
+    """`Grower.advance`: without gates a schedule grafts at once."""
+
+    path: str
+    seeds: tuple[int, ...]
+    to: Lifecycle
+    gates: bool = True
+
+
+@dataclass(frozen=True)
 class ResetMoments:
     """The host's optimizer begins anew: its moments and steps become 0."""
 
 
-Command = Germinate | Do | ResetMoments
+Command = Germinate | Do | Advance | ResetMoments
 
 
 @dataclass

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from morphc.errors import ConfigError, MorphcWarning, SeedError
+from morphc.grow import linesearch
 from morphc.grow.controllers import (
+    Advance,
     Command,
     Controller,
     Germinate,
@@ -31,6 +34,7 @@ from morphc.grow.controllers import (
 )
 from morphc.grow.evaluation import Evaluate
 from morphc.grow.hostrates import HostRates
+from morphc.grow.linesearch import Refit
 from morphc.grow.measuring import Measuring
 from morphc.grow.probes import Probes
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
@@ -55,10 +59,14 @@ _L = Lifecycle
 
 @dataclass
 class Event:
-    """What happened at a step: what the tick and the controller moved or refused, and a rollback's reason."""
+    """What happened at a step: what the tick and the controller moved or refused, and a rollback's reason.
+
+    refits: how the out-weights of seeds that were grafted got their size, by (path, index).
+    """
 
     step: int
     transitions: list[Transition] = field(default_factory=list)
+    refits: dict[tuple[str, int], Refit] = field(default_factory=dict)
     rolled_back: str = ""
     rewound_to: int | None = None
 
@@ -110,6 +118,7 @@ class Grower:
         self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
         self._recycled_at = 0
+        self._closure: Callable[[], Tensor | float] | None = None
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
         self.rates = HostRates(model, optimizer, scaler, self.config.seed_lr)
         self.probes = Probes(self.store) if getattr(self.controller, "ranks_candidates", False) else None
@@ -132,8 +141,13 @@ class Grower:
 
     # -- every step ------------------------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float) -> Event:
-        """After every `optimizer.step()`: the slots' own step, and at every `tick_every`th the tick."""
+    def step(self, loss: Tensor | float, closure: Callable[[], Tensor | float] | None = None) -> Event:
+        """After every `optimizer.step()`: the slots' own step, and at every `tick_every`th the tick.
+
+        closure: computes the loss of this step's batch anew. It is called only where a graft begins, in eval mode and
+        without gradients, to find the size of what is grafted (see `morphc.grow.linesearch`).
+        """
+        self._closure = closure
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if value.device != self._window.device and self._window.device != self.device:
             self._window = self._window.to(self.device)
@@ -194,16 +208,21 @@ class Grower:
         grafted = plan.into(_L.GRAFTING)
         self._prepare(grafted)
         event = Event(self.steps, ticking.run(self.store, plan))
+        event.refits = self._size(grafted)
         event.transitions += self._give_up(event.transitions)
+        self._begin(grafted)
+        self.cohorts.close()
+        event.transitions += self._command(event)
+        return event
+
+    def _begin(self, grafted: Sequence[int]) -> None:
+        """Remember what to go back to if the graft of these rows goes wrong."""
         if grafted:
             metric = self.metrics[-1] if self.metrics else None
             cohort = self.cohorts.begin(
                 grafted, self.steps, metric, self.losses.latest, self.measuring.health
             )
             cohort.snapshot = self.snapshot()
-        self.cohorts.close()
-        event.transitions += self._command()
-        return event
 
     def _prepare(self, rows: Sequence[int]) -> None:
         """What the refit at the graft goes by."""
@@ -212,6 +231,18 @@ class Grower:
         self.store.loss = latest * scale if math.isfinite(latest) else None
         sites = {ticking.site_at(self.store, row)[0].path for row in rows}
         self.store.graft_share = 1 / max(1, len(sites))
+
+    def _size(self, grafted: Sequence[int]) -> dict[tuple[str, int], Refit]:
+        """Correct the size of what is being grafted by the loss: the step's own, else a validation loss, if given."""
+        by, objective = "loss", self._closure
+        if objective is None and self.evaluate is not None and self.lower:
+            by, objective = "evaluate", partial(self.evaluate, self.model)
+        found: dict[tuple[str, int], Refit] = {}
+        sized = linesearch.size(self.model, self.store, grafted, objective) if objective and grafted else {}
+        for row in grafted:
+            site, seed = ticking.site_at(self.store, row)
+            found[site.path, seed] = Refit(by, *sized[row]) if row in sized else Refit("estimate")
+        return found
 
     def _give_up(self, told: Sequence[Transition]) -> list[Transition]:
         """Cull the seeds that a gate has held up, or that have waited in a graft, for longer than `graft_patience`."""
@@ -234,7 +265,7 @@ class Grower:
             out += self.seeds[path].prune([seed])
         return out
 
-    def _command(self) -> list[Transition]:
+    def _command(self, event: Event) -> list[Transition]:
         states = [Lifecycle(int(value)) for value in self.store.mirror().lifecycle]
         seen = Observation(
             seeds=self.seeds,
@@ -252,15 +283,17 @@ class Grower:
         self.new_epoch = False
         out: list[Transition] = []
         for command in self.controller.decide(seen):
-            out += self.execute(command)
+            out += self.execute(command, event)
         return out
 
-    def execute(self, command: Command) -> list[Transition]:
-        """Do one command of a controller."""
+    def execute(self, command: Command, event: Event | None = None) -> list[Transition]:
+        """Do one command of a controller; what it refits is told to the event."""
         if isinstance(command, Germinate):
             return self.seeds[command.path].germinate(
                 command.seeds, command.blueprint, command.graft, command.candidates
             )
+        if isinstance(command, Advance):
+            return self.advance(command.path, command.seeds, command.to, gates=command.gates, event=event)
         if isinstance(command, ResetMoments):
             recycling.forget_everything(self.optimizer, self.on_recycle)
             return []
@@ -268,6 +301,38 @@ class Grower:
             return self.recycle(command.path, command.seeds, command.candidates)
         done: list[Transition] = getattr(self.seeds[command.path], command.what)(command.seeds)
         return done
+
+    def advance(
+        self,
+        path: str,
+        seeds: Sequence[int],
+        to: Lifecycle,
+        *,
+        gates: bool = True,
+        event: Event | None = None,
+    ) -> list[Transition]:
+        """`site.advance`, with what the Grower does at a graft: out-weights get their size, and a snapshot is taken.
+
+        gates=False asks no gate and no age, and passes through the states between (see `SiteHandle.advance`).
+        """
+        handle, out = self.seeds[path], []
+        chosen = handle.checked(seeds)
+        states = self.store.mirror().lifecycle[handle.rows]
+        early = [seed for seed in chosen if states[seed] < _L.GRAFTING]
+        if early and (to is _L.GRAFTING or (not gates and _L.GRAFTING < to <= _L.FOSSILIZED)):
+            self._prepare([handle.rows.start + seed for seed in early])
+            first = handle.advance(early, _L.GRAFTING, gates=gates)
+            grafted = [handle.rows.start + told.seed for told in first if told]
+            refits = self._size(grafted)
+            if event is not None:
+                event.refits |= refits
+            onward = [told.seed for told in first if told] if to is not _L.GRAFTING else []
+            done = {told.seed: told for told in handle.advance(onward, to, gates=False)}
+            out = [replace(done.get(told.seed, told), source=told.source, target=to) for told in first]
+            if to is not _L.FOSSILIZED:
+                self._begin(grafted)
+            chosen = [seed for seed in chosen if seed not in early]
+        return out + handle.advance(chosen, to, gates=gates)
 
     def recycle(self, path: str, seeds: Sequence[int], candidates: int = 1) -> list[Transition]:
         """`site.recycle` with the optimizer's memory of the units; `before_recycling` is a snapshot from before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -98,7 +99,15 @@ class Measuring:
         found: dict[tuple[str, int], dict[str, float]] = {}
         for path, site in self.store.sites.items():
             for seed, known in commands.measured(self.store, site, mirror).items():
-                found[path, seed] = {**known, "gradient_ratio": self.ratios.of(site.offset + seed)}
+                ratio = {"gradient_ratio": self.ratios.of(site.offset + seed)}
+                slots = self.seeds[path].candidates(seed)
+                best = max(
+                    slots,
+                    key=lambda slot: -1.0 if math.isnan(slot["explained"]) else slot["explained"],
+                    default={},
+                )
+                names = ("explained", "chunk_gradient", "site_gradient")
+                found[path, seed] = {**known, **ratio, **{name: best[name] for name in names if name in best}}
         return found
 
     def state_dict(self) -> dict[str, Any]:

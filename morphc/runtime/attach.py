@@ -110,7 +110,9 @@ def _build(
             refusals[name] = reason
         else:
             device = request.device if request.device is not None else state.alpha.device
-            banks[name] = SlotBank(name, geometry, config.blend, slots, dtype, device)
+            frozen = _biasless(request, root) if kind.tap == "block" else ()
+            frozen = tuple(own for own in frozen if own in kind.shapes(geometry))
+            banks[name] = SlotBank(name, geometry, config.blend, slots, dtype, device, frozen)
     axis = request.feature_axis
     if spatial_axes(request.layer) and axis >= 0:
         axis = -1 - spatial_axes(request.layer)  # counted from the end: an input may come without its batch
@@ -128,6 +130,18 @@ def _build(
         near_zero=config.near_zero,
         gradient_telemetry=config.gradient_telemetry,
         straight_through=config.isolation == "straight_through",
+    )
+
+
+def _biasless(request: SiteRequest, root: nn.Module) -> tuple[str, ...]:
+    """The biases that new units of the block may not have, since its own layers have none."""
+    assert request.block is not None
+    paths = request.block.inputs
+    names = ("gate_in_bias", "in_bias") if len(paths) == 2 else ("in_bias",)
+    return tuple(
+        name
+        for name, path in zip(names, paths, strict=True)
+        if getattr(root.get_submodule(path), "bias", None) is None
     )
 
 

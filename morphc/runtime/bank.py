@@ -95,9 +95,11 @@ class SlotBank(nn.Module):
         slots: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        frozen: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.blueprint = blueprint
+        self.frozen = frozen
         self.geometry = geometry
         self.blend = blend
         self.slots = slots
@@ -196,13 +198,20 @@ class SlotBank(nn.Module):
 
     @torch.no_grad()
     def clean_grads(self, scale: Tensor | None = None) -> Tensor:
-        """Divide the gradients by `scale`, and clear those of slots where one isn't finite; [K], where all were."""
+        """Divide the gradients by `scale`, and clear those of slots where one isn't finite; [K], where all were.
+
+        Those of `frozen` parameters are cleared too: from zero, AdamW leaves them zero.
+        """
         finite = torch.ones(self.slots, dtype=torch.bool, device=self.owner.device)
         grads = [grad for grad in self.grads().values() if grad is not None]
         for grad in grads:
             if scale is not None:
                 grad.div_(scale.to(grad.device))
             finite &= grad.flatten(1).isfinite().all(1)
+        for name in self.frozen:
+            own = self._leaves[name].grad
+            if own is not None:
+                own.zero_()
         for grad in grads:
             grad.copy_(torch.where(finite.view(-1, *(1,) * (grad.dim() - 1)), grad, 0))
         return finite

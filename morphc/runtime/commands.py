@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from morphc.errors import ConfigError, SeedError
 from morphc.kernels.reference.lifecycle import EMBARGOED
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _L = Lifecycle
 Metrics = Mapping[str, float]
+NO_MINIMUM: Final = 1 << 30
+"""An age at which no minimum of ticks stands against a move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +133,60 @@ def advance(
         if why is not None:
             out.append(refused(site, seed, source, target, why))
             continue
-        enter(store, site, seed, target, int(mirror.slot[row]), int(mirror.graft[row]))
+        enter(store, site, seed, target, int(mirror.slot[row]), int(mirror.graft[row]), told.get("loss"))
         out.append(Transition(site.path, seed, source, target, True))
     return out
 
 
-def enter(store: SeedStore, site: SeedSite, seed: int, target: Lifecycle, number: int, graft: int) -> None:
-    """Put one seed into `target`, with what a tick does on the way: slots, error count, embargo, the graft."""
-    number = settle(store, site, seed, target, number)
+def force(
+    store: SeedStore,
+    site: SeedSite,
+    chosen: list[int],
+    target: Lifecycle,
+    metrics: Metrics | Sequence[Metrics] | None = None,
+) -> list[Transition]:
+    """Take seeds to `target` through the states between, without asking gates or ages; the embargo still holds."""
+    given = _given(metrics, len(chosen))
+    mirror = store.mirror()
+    out = []
+    for seed, told in zip(chosen, given, strict=True):
+        row = site.offset + seed
+        source = Lifecycle(int(mirror.lifecycle[row]))
+        way = gates.way(source, target)
+        why: Failure | None = gates.table_failure(source, target)
+        if way:
+            embargo = int(mirror.embargo[row])
+            why = gates.age_failure(source, way[0], NO_MINIMUM, embargo, store.config)
+        if why is None and way[0] is _L.GERMINATED:
+            (born,) = germinate(store, site, [seed])
+            if not born:
+                out.append(replace(born, target=target))
+                continue
+            way = way[1:]
+        if why is not None:
+            out.append(refused(site, seed, source, target, why))
+            continue
+        for state in way:
+            states = store.mirror()
+            enter(store, site, seed, state, int(states.slot[row]), int(states.graft[row]), told.get("loss"))
+        out.append(Transition(site.path, seed, source, target, True))
+    return out
+
+
+def enter(
+    store: SeedStore,
+    site: SeedSite,
+    seed: int,
+    target: Lifecycle,
+    number: int,
+    graft: int,
+    loss: float | None = None,
+) -> None:
+    """Put one seed into `target`, with what a tick does on the way: slots, error count, embargo, the graft.
+
+    loss: what a refit at a graft goes by, None for the store's.
+    """
+    number = settle(store, site, seed, target, number, loss)
     moves.record(
         store,
         site,
@@ -151,7 +199,14 @@ def enter(store: SeedStore, site: SeedSite, seed: int, target: Lifecycle, number
     )
 
 
-def settle(store: SeedStore, site: SeedSite, seed: int, target: Lifecycle, number: int) -> int:
+def settle(
+    store: SeedStore,
+    site: SeedSite,
+    seed: int,
+    target: Lifecycle,
+    number: int,
+    loss: float | None = None,
+) -> int:
     """Slots of a seed that enters `target`: one candidate stays at a graft, none where none is held. Its number."""
     if not TABLE[target].holds_slot:
         moves.release(site, seed)
@@ -160,7 +215,7 @@ def settle(store: SeedStore, site: SeedSite, seed: int, target: Lifecycle, numbe
         return number
     held = moves.held_slots(site, seed)
     best = isolation.best_candidate(site, held)
-    isolation.refit(site, *best, store.loss, store.graft_share)
+    isolation.refit(site, *best, store.loss if loss is None else loss, store.graft_share)
     moves.release(site, seed, keep=best)
     return moves.number_of(site, *best)
 

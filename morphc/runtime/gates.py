@@ -60,6 +60,14 @@ ONWARD: Final[Mapping[Lifecycle, tuple[Lifecycle, ...]]] = {
 """Where a tick takes a seed by itself: the first of these whose gates hold."""
 
 
+def way(source: Lifecycle, target: Lifecycle) -> tuple[Lifecycle, ...]:
+    """The states after `source` up to `target`: along the way to FOSSILIZED, or one move of the table; or none."""
+    states = (_L.DORMANT, _L.GERMINATED, *(targets[-1] for targets in ONWARD.values()))
+    if source in states and target in states and states.index(source) < states.index(target):
+        return states[states.index(source) + 1 : states.index(target) + 1]
+    return (target,) if target in TABLE[source].leaves_to else ()
+
+
 class Failure(NamedTuple):
     """The gate that refused, as words and numbers. `value` is NaN where nothing was measured."""
 
@@ -95,18 +103,19 @@ def holds(gate: Gate, value: float | None, bound: float) -> bool:
     return {">=": value >= bound, ">": value > bound, "<=": value <= bound, "<": value < bound}[gate.sign]
 
 
+def table_failure(source: Lifecycle, target: Lifecycle) -> Failure:
+    """That the table has no such move."""
+    allowed = ", ".join(state.name for state in TABLE[source].leaves_to)
+    reason = f"{source.name} doesn't lead to {target.name}, only to {allowed}"
+    return Failure("table", float(source), float(target), reason)
+
+
 def age_failure(
     source: Lifecycle, target: Lifecycle, age: int, embargo: int, config: Config
 ) -> Failure | None:
     """What stands against a move whatever was measured: the table, the embargo, the minimum ticks."""
     if target not in TABLE[source].leaves_to:
-        allowed = ", ".join(state.name for state in TABLE[source].leaves_to)
-        return Failure(
-            "table",
-            float(source),
-            float(target),
-            f"{source.name} doesn't lead to {target.name}, only to {allowed}",
-        )
+        return table_failure(source, target)
     barred = target is _L.GERMINATED or source is _L.CULLED
     if barred and embargo > 0:
         return Failure("embargo", embargo, 0, f"embargo: {embargo} more ticks, must be 0")

@@ -81,14 +81,32 @@ class Fit:
 
     @torch.no_grad()
     def explained(self, slots: list[int]) -> list[float]:
-        """For each slot, the share of the chunk's squared gradient that the refit takes away."""
+        """For each slot, the share of the chunk's squared gradient that the refit takes away; NaN if not measured."""
         if "gram" not in self.sums:
             found: list[float] = self.summary()[0][slots].abs().tolist()
             return found
         gram, cross = self.sums["gram"][slots].double(), self.sums["cross"][slots].double()
         taken = (cross * solve(gram, cross)).sum((1, 2))
-        shares: list[float] = (taken / self.sums["gg"][slots].double().clamp(min=1e-300)).tolist()
+        shares: list[float] = (taken / self.sums["gg"][slots].double()).tolist()
         return shares
+
+    @torch.no_grad()
+    def told(self, slots: list[int]) -> list[dict[str, float]]:
+        """What was measured of each slot, NaN where nothing was; the names of `SiteHandle.candidates`."""
+        rows = [*self.summary()[[0, 2, 3]], self.sums["gg"], self.sums["site"]]
+        share, steps, lost, chunk, site = torch.stack(rows)[:, slots].tolist()
+        explained = self.explained(slots)
+        return [
+            {
+                "isolated_improvement": share[place],
+                "explained": explained[place],
+                "chunk_gradient": chunk[place] if steps[place] else float("nan"),
+                "site_gradient": site[place] if steps[place] else float("nan"),
+                "finite_gradients": 1.0 - lost[place],
+                "steps": steps[place],
+            }
+            for place in range(len(slots))
+        ]
 
 
 def solve(gram: Tensor, cross: Tensor) -> Tensor:
@@ -278,13 +296,17 @@ def refit(site: SeedSite, name: str, slot: int, loss: float | None, share: float
     """Give a slot's out-weights their least-squares size; whether that was possible.
 
     b = -(h'h)^-1 h'g / c, with the curvature of a squared loss, c = |g|^2 / (2 loss) over the whole site: so g / c is
-    its residual, and for one unit b = -h'r / |h|^2. Without an h the seed's own output takes its place, and b is one
+    its residual, and for one unit b = -h'r / |h|^2. For other losses that is an estimate, which the Grower corrects by
+    a line search (`morphc.grow.linesearch`). With blend `lerp` the seed replaces its chunk, and nothing is refitted.
+    Without an h the seed's own output takes its place, and b is one
     factor on the out-weights. The result is at most `LARGEST` times as large as the chunk itself. share: part of the
     residual that this seed is to take, where several are grafted that explain the same. The slot's moments are
     cleared, and where the function between allows it (it must be homogeneous) in- and out-weights get equal norms.
     """
     fitting, bank = site.fitting, site.slots.get(name)
     if fitting is None or bank is None or name not in fitting.fits or not straight(site):
+        return False
+    if bank.blend == "lerp":
         return False
     sums = {key: value[slot].double() for key, value in fitting.fits[name].sums.items()}
     outs = bank.kind.outs(bank.geometry)

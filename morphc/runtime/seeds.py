@@ -122,13 +122,38 @@ class SiteHandle:
         indices: Indices,
         to: Lifecycle | int,
         metrics: Metrics | Sequence[Metrics] | None = None,
+        *,
+        gates: bool = True,
     ) -> list[Transition]:
         """Move seeds to `to`, if table, embargo, minimum ticks and gates let them.
 
         metrics: what the gates of the move look at besides what morphc measures itself (docs/lifecycle.md), for all
-        seeds or one mapping each; it goes before what morphc has measured.
+        seeds or one mapping each; it goes before what morphc has measured. `loss` there is the host's, by which the
+        out-weights get their size at a graft. gates=False asks neither gates nor minimum ticks, and passes through
+        the states between: from TRAINING to FOSSILIZED it grafts the best candidate at alpha 1 at once.
         """
-        return commands.advance(self._store, self.site, self.checked(indices), _state(to), metrics)
+        chosen, target = self.checked(indices), _state(to)
+        if gates:
+            return commands.advance(self._store, self.site, chosen, target, metrics)
+        return commands.force(self._store, self.site, chosen, target, metrics)
+
+    def candidates(self, index: int) -> list[dict[str, float]]:
+        """What was measured of each slot of a seed that learns in isolation, in the order of its slots.
+
+        `slot`; `isolated_improvement`, that of the slot's own output; `explained`, the share of the chunk's squared
+        gradient that its out-weights take once they are refitted, by which the best is chosen; `chunk_gradient` and
+        `site_gradient`, the squared norm of the loss's gradient at the chunk and at the whole site, averaged alike, so
+        that explained * chunk_gradient compares sites; `finite_gradients` and `steps`. NaN where nothing was
+        measured. Reads the device.
+        """
+        (seed,) = self.checked(index)
+        fitting, banks = self.site.fitting, dict(self.site.slots.items())
+        out = []
+        for name, slot in moves.held_slots(self.site, seed):
+            if fitting is not None and name in fitting.fits:
+                (found,) = fitting.fit(name, banks[name]).told([slot])
+                out.append({"slot": float(slot), **found})
+        return out
 
     def cancel(self, indices: Indices) -> list[Transition]:
         """Give up before anything was grafted: GERMINATED or TRAINING -> CANCELLED. The slots are free again."""
