@@ -15,8 +15,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -66,6 +68,25 @@ class ResetMoments:
 Command = Germinate | Do | Advance | ResetMoments
 
 
+class States(Sequence[Lifecycle]):
+    """The states of all seeds as a sequence; none is made before it is asked for."""
+
+    def __init__(self, values: npt.NDArray[np.int32]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, place: int) -> Lifecycle: ...
+    @overload
+    def __getitem__(self, place: slice) -> States: ...
+    def __getitem__(self, place: int | slice) -> Lifecycle | States:
+        if isinstance(place, slice):
+            return States(self.values[place])
+        return Lifecycle(int(self.values[place]))
+
+
 @dataclass
 class Observation:
     """What a controller sees at a tick.
@@ -83,7 +104,7 @@ class Observation:
     metrics: Sequence[float]
     new_epoch: bool
     lower_is_better: bool
-    lifecycle: Sequence[Lifecycle]
+    lifecycle: States
     telemetry: Mapping[str, Tensor]
     measured: Tensor
 
@@ -102,7 +123,8 @@ class Observation:
 
     def busy(self) -> int:
         """Seeds between germination and the end of their fine-tuning."""
-        return sum(Lifecycle.GERMINATED <= state <= Lifecycle.FINE_TUNING for state in self.lifecycle)
+        states = self.lifecycle.values
+        return int(((states >= Lifecycle.GERMINATED) & (states <= Lifecycle.FINE_TUNING)).sum())
 
     def free(self, path: str, blueprint: str | None = None) -> int:
         """Free slots of a site's bank; 0 where there is no such bank."""

@@ -31,6 +31,7 @@ from morphc.grow.controllers import (
     Observation,
     PlateauController,
     ResetMoments,
+    States,
 )
 from morphc.grow.evaluation import Evaluate
 from morphc.grow.hostrates import HostRates
@@ -266,7 +267,6 @@ class Grower:
         return out
 
     def _command(self, event: Event) -> list[Transition]:
-        states = [Lifecycle(int(value)) for value in self.store.mirror().lifecycle]
         seen = Observation(
             seeds=self.seeds,
             config=self.config,
@@ -276,7 +276,7 @@ class Grower:
             metrics=tuple(self.metrics),
             new_epoch=self.new_epoch,
             lower_is_better=self.lower,
-            lifecycle=states,
+            lifecycle=States(self.store.mirror().lifecycle),
             telemetry=self.measuring.health,
             measured=self.measuring.fresh,
         )

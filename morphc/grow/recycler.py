@@ -243,10 +243,9 @@ class RecycleController:
             if self.by != "dead":
                 # Where nothing at all moves the mean is 0 and the level NaN: no unit is below the rest.
                 level = level / level.nanmean()
+            free = torch.from_numpy(seen.lifecycle[handle.rows].values == int(Lifecycle.DORMANT))
             order = torch.argsort(level.nan_to_num(nan=math.inf), stable=True)
-            low = order[(level <= self.tau)[order]].tolist()
-            states = seen.lifecycle[handle.rows]
-            chosen = [seed for seed in low if states[seed] is Lifecycle.DORMANT]
+            chosen = order[(free & (level <= self.tau))[order]].tolist()
             chosen = chosen[: max(1, int(self.most * len(handle)))]
             if not chosen:
                 continue
