@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,6 +21,7 @@ from torch import Tensor
 from morphc.errors import CheckpointError
 from morphc.passes.plan import SCHEMA_VERSION as PLAN_SCHEMA_VERSION
 from morphc.passes.plan import Plan
+from morphc.publishing import publish, recover, sibling, sync
 from morphc.version import __version__
 
 WEIGHTS: Final = "model.safetensors"
@@ -63,6 +61,7 @@ class _Head(msgspec.Struct):
 def write(directory: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str], plan: Plan) -> None:
     """Write a checkpoint, in place of one that is there. Raises CheckpointError; then nothing has changed."""
     target = Path(os.path.realpath(directory))
+    recover(target)
     _check_replaceable(directory, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,37 +109,6 @@ def _is_manifest(path: Path) -> bool:
         return False
 
 
-@contextmanager
-def sibling(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, gone again unless it was renamed."""
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    fresh.mkdir()
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def publish(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
-        return
-    # No portable call swaps two directories: the old one steps aside, and back if the new one can't take its place.
-    aside = fresh.with_suffix(".old")
-    target.rename(aside)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -149,6 +117,7 @@ def sha256_of(path: Path) -> str:
 def read_manifest(directory: Path) -> Manifest:
     """`morphc.json`, checked. Raises CheckpointError naming file, field and way out."""
     path = directory / MANIFEST
+    recover(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give the one that morphc.save wrote")
     try:

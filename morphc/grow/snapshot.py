@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from morphc.checkpointfile import publish, sha256_of, sibling, sync
+from morphc.checkpointfile import sha256_of
 from morphc.errors import CheckpointError
 from morphc.grow.tree import clone, pack, unpack
 from morphc.lifecycle import Lifecycle
+from morphc.publishing import publish, recover, sibling, sync
 from morphc.runtime.isolation import Fitting
 from morphc.runtime.store import CHILD, SeedStore, root_of, store_of
 
@@ -43,6 +44,7 @@ class Snapshot:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write it to a directory, which appears whole or not at all. Raises CheckpointError."""
         target = Path(os.path.realpath(directory))
+        recover(target)
         if os.path.lexists(target) and not (target / MANIFEST).is_file():
             raise CheckpointError(f"{directory} holds something else than a snapshot and is not overwritten")
         tensors: dict[str, Tensor] = {}
@@ -68,6 +70,7 @@ class Snapshot:
     def load(cls, directory: str | os.PathLike[str]) -> Snapshot:
         """Read what `save` wrote. Raises CheckpointError naming the file."""
         path = Path(directory)
+        recover(path)
         try:
             head = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
