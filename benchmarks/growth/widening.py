@@ -8,6 +8,7 @@ seed takes away. The better one is grafted and folded into wider layers; the oth
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def grow(
     labels: Tensor,
     how: Rounds,
     draw: torch.Generator,
-) -> tuple[nn.Sequential, torch.optim.Adam]:
+) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     """One round on the rows x, labels: the wider host, and its Adam with what the old one knew."""
     config = morphc.Config(
         seeds_per_layer=1,
@@ -91,9 +92,14 @@ def grow(
     return wider, carried(optimizer, host, wider)
 
 
-def carried(optimizer: torch.optim.Optimizer, host: nn.Module, wider: nn.Module) -> torch.optim.Adam:
-    """Adam over `wider`, which has the host's rows and columns first: they keep their moments, new ones have none."""
-    fresh = torch.optim.Adam(wider.parameters(), lr=optimizer.param_groups[0]["lr"])
+def carried(
+    optimizer: torch.optim.Optimizer,
+    host: nn.Module,
+    wider: nn.Module,
+    make: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = torch.optim.Adam,
+) -> torch.optim.Optimizer:
+    """An Adam over `wider`, whose first rows and columns are the host's: they keep their moments, new ones have none."""
+    fresh = make(wider.parameters(), optimizer.param_groups[0]["lr"])
     for old, new in zip(host.parameters(), wider.parameters(), strict=True):
         known = optimizer.state[old]
         own = {"step": known["step"].clone()}
