@@ -82,11 +82,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim
 
 
 def seeded(
-    host: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, units: int, steps: int
+    host: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, units: int
 ) -> tuple[nn.Module, morphc.Grower]:
-    """The host with one `widen` seed of `units` behind every feed-forward layer, at work from the next step on, and
-    grafted after `steps`."""
-    ticks = max(1, steps // 10)
+    """The host with one `widen` seed of `units` behind every feed-forward layer, at work from the next step on."""
     config = morphc.Config(
         include=("blocks.*.up", "blocks.*.down"),
         seeds_per_layer=1,
@@ -94,16 +92,17 @@ def seeded(
         rank=units,
         slots=1,
         seed_lr=3.0,
-        telemetry_every=0,
+        telemetry_every=4,
+        gradient_telemetry=True,
         isolation_every=1,
-        minimum_ticks=(ticks, 1, 1, 1, 1),
+        minimum_ticks=(1, 1, 1, 1, 1),
         min_isolated_improvement=-1.0,
         backend="torch",
     )
     model = morphc.compile(host, (x,), config=config, verify=False)
     model.train()
     idle = morphc.CallbackController(lambda seen: ())
-    grower = morphc.Grower(model, optimizer, idle, evaluate=lambda model: 0.0, tick_every=steps // ticks)
+    grower = morphc.Grower(model, optimizer, idle, evaluate=lambda model: 0.0, tick_every=1000)
     for path in downs(model):
         (told,) = morphc.seeds(model)[path].germinate([0])
         if not told:
@@ -118,18 +117,27 @@ def downs(model: nn.Module) -> list[str]:
 
 
 def grow_by_seeds(
-    model: nn.Module,
+    grower: morphc.Grower,
     host: nn.Module,
-    optimizer: torch.optim.Optimizer,
     x: Tensor,
     y: Tensor,
     alphas: Sequence[float],
+    most: int | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, float]:
-    """Wider layers with the seeds that were just grafted in them, at the strength of least loss on the batch x, y.
+    """Wider layers with the grower's seeds in them, at the strength of least loss on the batch x, y.
 
-    The wider host, an optimizer that knows what the old one knew, and the strength.
+    most: graft only so many seeds, those that would take most of the squared gradient at their site. Returned are the
+    wider host, an optimizer that knows what the old one knew, and the strength.
     """
+    model = grower.model
     seeds, paths = morphc.seeds(model), downs(model)
+    learned, norms = grower.learning(), seeds.telemetry()["gradient_norm"]
+    gains = {p: learned[p, 0]["isolated_improvement"] * float(norms[seeds[p].rows][0]) ** 2 for p in paths}
+    paths.sort(key=gains.__getitem__, reverse=True)
+    for path in paths[most:] if most is not None else ():
+        seeds[path].cancel([0])
+    paths = paths[:most]
+    grower.tick()
     for path in paths:
         if int(seeds[path].lifecycle[0]) != morphc.Lifecycle.GRAFTING:
             raise RuntimeError(f"{path!r} was not grafted: {seeds[path].history(0)}")
@@ -148,7 +156,7 @@ def grow_by_seeds(
     graft(best)
     model.train()
     wider = morphc.fold(model)
-    return wider, carried(optimizer, host, wider, make_optimizer), best
+    return wider, carried(grower.optimizer, host, wider, make_optimizer), best
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import argparse
 import math
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -44,11 +44,16 @@ class Setting:
     narrow: int = 128
     wide: int = 512
     batch: int = 64
-    steps: int = 1500
+    steps: int = 1200
     isolated: int = 60
     lr: float = 2e-3
     dropout: float = 0.1
     evaluations: int = 30
+
+    @property
+    def units(self) -> int:
+        """Units that an event adds to every feed-forward layer, or to as many as it comes to."""
+        return (self.wide - self.narrow) // len(EVENTS)
 
 
 TINY = Setting(32, 2, 2, 32, narrow=32, wide=64, batch=8, steps=150, isolated=10, evaluations=10)
@@ -56,30 +61,22 @@ TINY = Setting(32, 2, 2, 32, narrow=32, wide=64, batch=8, steps=150, isolated=10
 
 @dataclass(frozen=True)
 class Method:
-    """wide: from the start. grow: `seeds`, `zeros` (the same units at the same steps, with random incoming and zero
-    outgoing weights), or None. longer: factor on the steps; a callable is asked with the setting."""
+    """wide: from the start. grow: `seeds` behind every feed-forward layer, `placed` (twice as large, and only the
+    better half is grafted), `zeros` (random incoming and zero outgoing weights, no seeds) or None. equal: as many
+    more steps as bring the training's multiply-adds to those of the wide one."""
 
     wide: bool = False
     grow: str | None = None
-    longer: Callable[[Setting], float] | None = None
-
-
-def cost_grown(setting: Setting) -> float:
-    """Multiply-adds of the grown run over those of the wide one, at equal steps."""
-    return Cost(setting).of(Method(grow="seeds"), setting.steps) / Cost(setting).of(
-        Method(True), setting.steps
-    )
+    equal: bool = False
 
 
 METHODS = {
     "static, narrow": Method(),
     "static, wide": Method(wide=True),
-    "static, wide, the grown one's compute": Method(wide=True, longer=cost_grown),
-    "widened by zeros, no seeds": Method(grow="zeros"),
-    "morphc: grown": Method(grow="seeds"),
-    "morphc: grown, the wide one's compute": Method(
-        grow="seeds", longer=lambda setting: 1 / cost_grown(setting)
-    ),
+    "widened by zeros, equal compute": Method(grow="zeros", equal=True),
+    "morphc: grown, equal steps": Method(grow="seeds"),
+    "morphc: grown, equal compute": Method(grow="seeds", equal=True),
+    "morphc: grown where it helps most, equal compute": Method(grow="placed", equal=True),
 }
 
 
@@ -100,19 +97,24 @@ class Cost:
         own = self.setting
         if how.grow is None:
             return steps * self.step(own.wide if how.wide else own.narrow)
-        total, units = 0.0, (own.wide - own.narrow) // len(EVENTS)
-        events = event_steps(steps)
+        total, events = 0.0, event_steps(steps)
+        seeds = {"seeds": own.units, "placed": 2 * own.units, "zeros": 0}[how.grow]
         for step in range(steps):
-            grown = sum(step >= event for event in events) * units
-            training = how.grow == "seeds" and any(0 < event - step <= own.isolated for event in events)
-            total += self.step(own.narrow + grown, units if training else 0)
-        if how.grow == "seeds":
-            widths = [own.narrow + (at + 1) * units for at in range(len(EVENTS))]
-            total += sum(self.step(width) / 3 * len(ALPHAS) for width in widths)
+            width = own.narrow + own.units * sum(step >= event for event in events)
+            training = any(0 < event - step <= own.isolated for event in events)
+            total += self.step(width, seeds if training else 0)
+        if seeds:
+            grown = [own.narrow + own.units * (at + 1) for at in range(len(events))]
+            total += sum(self.step(width) / 3 * len(ALPHAS) for width in grown)
         return total
 
+    def steps(self, how: Method) -> int:
+        """How many steps a run has."""
+        steps, wide = self.setting.steps, self.of(Method(wide=True), self.setting.steps)
+        return round(steps * wide / self.of(how, steps)) if how.equal else steps
 
-ALPHAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+ALPHAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def event_steps(steps: int) -> list[int]:
@@ -172,23 +174,24 @@ def held_out_bits(model: nn.Module, setting: Setting, text: Tensor) -> float:
 def train(how: Method, setting: Setting, seed: int, device: str) -> dict[str, Any]:
     """One run: bits at the end, their curve, and its multiply-adds."""
     text, held, alphabet = (part.to(device) if isinstance(part, Tensor) else part for part in corpus())
-    steps = round(setting.steps * (how.longer(setting) if how.longer else 1.0))
+    steps = Cost(setting).steps(how)
     width = setting.wide if how.wide else setting.narrow
-    units = (setting.wide - setting.narrow) // len(EVENTS)
+    placed = how.grow == "placed"
     torch.manual_seed(seed)
     model: nn.Module = Decoder(len(alphabet), setting, width).to(device)
     optimizer = make_optimizer(model.parameters(), setting.lr)
     events, grower, curve, host, grafts = event_steps(steps), None, [], model, []
     looks = {round(steps * (at + 1) / setting.evaluations) for at in range(setting.evaluations)}
     for step, (x, y) in enumerate(batches(setting, seed, steps, text)):
-        if how.grow == "seeds" and step + setting.isolated in events:
-            model, grower = seeded(host, optimizer, x, units, setting.isolated)
-        if step in events and how.grow == "seeds":
-            host, optimizer, alpha = grow_by_seeds(model, host, optimizer, x, y, ALPHAS)
+        if how.grow in ("seeds", "placed") and step + setting.isolated in events:
+            model, grower = seeded(host, optimizer, x, setting.units * (1 + placed))
+        if step in events and grower is not None:
+            most = setting.blocks // 2 if placed else None
+            host, optimizer, alpha = grow_by_seeds(grower, host, x, y, ALPHAS, most)
             model, grower = host, None
             grafts.append(alpha)
         elif step in events and how.grow == "zeros":
-            host, optimizer = grow_by_zeros(host, optimizer, units)
+            host, optimizer = grow_by_zeros(host, optimizer, setting.units)
             model = host
         lr = setting.lr * min(1.0, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -204,7 +207,15 @@ def train(how: Method, setting: Setting, seed: int, device: str) -> dict[str, An
             curve.append(held_out_bits(model, setting, held))
     macs = Cost(setting).of(how, steps) / Cost(setting).of(Method(True), setting.steps)
     parameters = sum(parameter.numel() for parameter in host.parameters())
-    return {"value": curve[-1], "curve": curve, "macs": macs, "parameters": parameters, "alphas": grafts}
+    widths = [block.up.out_features for block in host.blocks]
+    return {
+        "value": curve[-1],
+        "curve": curve,
+        "macs": macs,
+        "parameters": parameters,
+        "alphas": grafts,
+        "widths": widths,
+    }
 
 
 def work(seeds: Any, done: Any, setting: Setting, device: str, until: float) -> None:
@@ -238,6 +249,7 @@ def store(results: Results, found: dict[int, dict[str, dict[str, Any]]], machine
             macs=runs[0]["macs"],
             parameters=runs[0]["parameters"],
             alphas=[run["alphas"] for run in runs],
+            widths=[run["widths"] for run in runs],
             seeds=seeds,
             machine=machine,
         )

@@ -98,7 +98,7 @@ def carried(
     wider: nn.Module,
     make: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = torch.optim.Adam,
 ) -> torch.optim.Optimizer:
-    """An Adam over `wider`, whose first rows and columns are the host's: they keep their moments, new ones have none."""
+    """An Adam over `wider`, with the host's rows and columns first: they keep their moments, new ones have none."""
     fresh = make(wider.parameters(), optimizer.param_groups[0]["lr"])
     for old, new in zip(host.parameters(), wider.parameters(), strict=True):
         known = optimizer.state[old]
