@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "growth"
 
@@ -87,6 +86,8 @@ def summary(values: Sequence[float]) -> str:
 
 def paired(ours: Sequence[float], other: Sequence[float], higher: bool) -> dict[str, float]:
     """Paired difference ours - other over the seeds both have: mean, 95 % t-interval, wins and pairs."""
+    from scipy import stats  # Not where the experiments run on a GPU: there only the means are printed.
+
     count = min(len(ours), len(other))
     difference = np.asarray(ours[:count], dtype=float) - np.asarray(other[:count], dtype=float)
     half = float("nan")

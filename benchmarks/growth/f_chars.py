@@ -125,11 +125,11 @@ def event_steps(steps: int) -> list[int]:
 @cache
 def corpus() -> tuple[Tensor, Tensor, str]:
     """Characters to train on, held-out ones (both int64), and the alphabet."""
-    names = sorted(topics)
-    held = {p for name in names[5::10] for p in topics[name].split("\n\n")}
-    train, test, seen = [], [], set()
-    for at, name in enumerate(names):
-        for paragraph in topics[name].split("\n\n"):
+    pages = [[part.strip("\n") for part in topics[name].split("\n\n")] for name in sorted(topics)]
+    held = {paragraph for page in pages[5::10] for paragraph in page}
+    train, test, seen = [], [], {""}
+    for at, page in enumerate(pages):
+        for paragraph in page:
             if paragraph in seen:
                 continue
             seen.add(paragraph)
