@@ -172,10 +172,15 @@ class SideBySide:
             bank.in_weight.mul_(self.apart)
 
     def graft(self) -> None:
-        """The best candidate of each run becomes a unit of a wider host."""
-        site = self.seeds["2"]
-        if bool((site.lifecycle != int(morphc.Lifecycle.GRAFTING)).any()):
-            raise RuntimeError(f"not every seed is grafted: {site.lifecycle.tolist()}")
+        """The best candidate of each run becomes a unit of a wider host.
+
+        A run whose candidates never fired has none that is best: its seed is still in TRAINING, and its new unit
+        writes nothing until it is recycled.
+        """
+        site, bank = self.seeds["2"], self.seeds["2"].slots["widen"]
+        dead = (site.lifecycle != int(morphc.Lifecycle.GRAFTING)).nonzero().flatten()
+        with torch.no_grad():
+            bank.out_weight[torch.isin(bank.owner, dead)] = 0.0
         site.assign(list(range(self.runs)), morphc.Lifecycle.FOSSILIZED, alpha=self.how.alpha)
         wider = morphc.fold(self.model)
         assert isinstance(wider, nn.Sequential)

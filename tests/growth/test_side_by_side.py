@@ -49,6 +49,11 @@ def test_every_run_grows_by_a_unit_of_its_own() -> None:
     x, y = examples(ISOLATED + 20)
     shared = SideBySide(Ours(2, grow_to=3, grow_every=ISOLATED + 10, every=5000, candidates=2), RUNS)
     for at in range(len(x)):
+        if at == 10:  # Run 1's candidates never fire.
+            bank = shared.seeds["2"].slots["widen"]
+            bank.in_weight.data[bank.owner == 1] = -1.0
+            bank.in_bias.data[bank.owner == 1] = -9.0
+            shared.keep_apart()
         shared.learn(x[at].reshape(1, -1), y[at].reshape(1, -1))
     assert shared.units == 3
     assert not shared.grows
@@ -56,7 +61,9 @@ def test_every_run_grows_by_a_unit_of_its_own() -> None:
     assert own.sum(0).tolist() == [3, 3, 3]
     assert not shared.inner.weight.view(-1, len(RUNS), BITS)[~own].any()
     assert not shared.outer.weight.T[~own].any()
-    assert (shared.outer.weight.T[own] != 0).all()
+    written = shared.outer.weight.sum(0)[-len(RUNS) :]
+    assert (written[shared.owner[-len(RUNS) :] != 1] != 0).all()
+    assert written[shared.owner[-len(RUNS) :] == 1] == 0
 
 
 def test_the_target_fires_as_often_as_the_published_one() -> None:
