@@ -156,32 +156,35 @@ class SideBySide:
         if refused:
             raise RuntimeError(str(refused[0]))
         self.grower.tick()
+        self.draw_incoming(self.seeds["2"].slots["widen"].owner >= 0)
+
+    def draw_incoming(self, slots: Tensor) -> None:
+        """Slots of the mask `slots` read what a new unit of the setting reads, of their own run's bits alone."""
         bank = self.seeds["2"].slots["widen"]
         runs = torch.arange(self.runs).repeat_interleave(BITS)
         self.apart = (bank.owner.unsqueeze(1) == runs).unsqueeze(2)
-        with torch.no_grad():  # Of a run's own bits they read as a new unit of the setting does.
-            shape = bank.in_weight.shape
-            drawn = (torch.rand(shape, generator=self.draw) * 2 - 1) * (6 / BITS) ** 0.5
-            bank.in_weight.copy_(drawn)
+        drawn = (torch.rand(bank.in_weight.shape, generator=self.draw) * 2 - 1) * (6 / BITS) ** 0.5
+        with torch.no_grad():
+            bank.in_weight[slots] = drawn[slots]
         self.keep_apart()
 
     def keep_apart(self) -> None:
         """Seeds read the bits of their own run alone."""
-        bank = self.seeds["2"].slots["widen"]
         with torch.no_grad():
-            bank.in_weight.mul_(self.apart)
+            self.seeds["2"].slots["widen"].in_weight.mul_(self.apart)
 
     def graft(self) -> None:
         """The best candidate of each run becomes a unit of a wider host.
 
-        A run whose candidates never fired has none that is best: its seed is still in TRAINING, and its new unit
-        writes nothing until it is recycled.
+        A run whose candidates never fired has none that is best: its seed is still in TRAINING, and gets a newborn
+        unit, which writes nothing yet.
         """
         site, bank = self.seeds["2"], self.seeds["2"].slots["widen"]
         dead = (site.lifecycle != int(morphc.Lifecycle.GRAFTING)).nonzero().flatten()
-        with torch.no_grad():
-            bank.out_weight[torch.isin(bank.owner, dead)] = 0.0
+        site.assign(dead.tolist(), morphc.Lifecycle.DORMANT)
         site.assign(list(range(self.runs)), morphc.Lifecycle.FOSSILIZED, alpha=self.how.alpha)
+        if len(dead):
+            self.draw_incoming(torch.isin(bank.owner, dead))
         wider = morphc.fold(self.model)
         assert isinstance(wider, nn.Sequential)
         self.host = wider

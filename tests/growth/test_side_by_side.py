@@ -46,7 +46,7 @@ def test_a_run_recycles_by_its_own_mean_and_reads_its_own_bits() -> None:
 
 
 def test_every_run_grows_by_a_unit_of_its_own() -> None:
-    x, y = examples(ISOLATED + 20)
+    x, y = examples(ISOLATED + 10)
     shared = SideBySide(Ours(2, grow_to=3, grow_every=ISOLATED + 10, every=5000, candidates=2), RUNS)
     for at in range(len(x)):
         if at == 10:  # Run 1's candidates never fire.
