@@ -97,7 +97,8 @@ class Method:
     criterion: the score, mean over the batch of the `activation` (ReDo) or of |gradient| at the pre-activation
     (`gradient`), averaged with `ema` over steps. shrink: (factor, noise) at each new task (told where it
     begins). reset: Adam starts anew when the loss jumps. candidates: how many incoming weights are drawn for a
-    layer's recycled units; those whose outgoing gradient takes most of the batch's loss are taken.
+    layer's recycled units; those whose outgoing gradient takes most of the batch's loss are taken. start, grow_every:
+    the width of the hidden layers at the beginning, and the steps after which each gets one more unit, up to 64.
     """
 
     l2_init: float = 0.0
@@ -108,6 +109,8 @@ class Method:
     shrink: tuple[float, float] | None = None
     reset: bool = False
     candidates: int = 1
+    start: int = 64
+    grow_every: int = 0
 
 
 class Spikes:
@@ -167,12 +170,18 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
     by_gradient = column([float(setting.criterion == "gradient") for setting in settings]) > 0
     resets_on = column([float(setting.reset) for setting in settings]).flatten() > 0
     networks = Networks(initial(seeds).repeat(len(settings), 1), SIZES)
+    born = torch.tensor([setting.start for setting in settings]).repeat_interleave(count).unsqueeze(1)
+    pace = column([float(setting.grow_every) for setting in settings])
+    unborn = torch.arange(64) >= born
+    if unborn.any():  # A unit without weights has no gradient, and stays as it is.
+        for layer in range(2):
+            networks.recycle(layer, unborn, torch.zeros(width, 64, 64))
     draws = torch.Generator().manual_seed(2000 + seeds[0])
     spikes = Spikes(width)
     scores, ages = torch.zeros(2, width, 64), torch.zeros(2, width, 64)
     end, online = torch.zeros(stream.tasks, width), torch.zeros(stream.tasks, width)
     recycled, resets = torch.zeros(width), torch.zeros(width)
-    recycles = bool((tau >= 0).any())
+    recycles = bool((tau >= 0).any() | (pace > 0).any())
     for step, batch in enumerate(stream.batches(seeds), start=1):
         if batch.first and batch.task:
             for group, setting in zip(groups, settings, strict=True):
@@ -200,10 +209,13 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
                 scores[layer].mul_(ema).add_(score * (1 - ema))
                 ages[layer] += 1
                 due = (step % every == 0) & (tau >= 0)
-                if due.any():
+                grows = (pace > 0) & (step % pace.clamp(min=1) == 0)
+                if due.any() or grows.any():
+                    alive = torch.arange(64) < born
                     now = scores[layer] / (1 - ema ** ages[layer])
-                    mask = due & (now <= tau * now.mean(1, keepdim=True))
+                    mask = due & alive & (now <= tau * (now * alive).sum(1, keepdim=True) / born)
                     recycled += mask.sum(1)
+                    mask |= grows & (torch.arange(64) == born)
                     fresh = draw_rows(draws, width * 64, 64).view(width, 64, 64)
                     behind = deltas[1] if layer == 0 else delta
                     for group, setting in zip(groups, settings, strict=True):
@@ -216,6 +228,7 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
                     networks.recycle(layer, mask, fresh)
                     scores[layer][mask] = 0.0
                     ages[layer][mask] = 0.0
+            born += grows & (born < 64)
         if batch.last:
             x, targets = batch.images.repeat(len(settings), 1, 1), batch.targets.repeat(len(settings), 1)
             end[batch.task] = (networks.forward(x)[-1].argmax(-1) == targets).float().mean(1)

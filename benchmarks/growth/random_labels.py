@@ -25,6 +25,12 @@ METHODS = {
     "recycling of the best of 256 + reset, plain torch": Method(
         6e-4, 0.02, "gradient", reset=True, candidates=256
     ),
+    "growth 32 to 64 + recycling of the best of 256 + reset, plain torch": Method(
+        6e-4, 0.02, "gradient", reset=True, candidates=256, start=32, grow_every=480
+    ),
+    "growth 32 to 64 + L2-init + reset, plain torch": Method(
+        6e-4, -1.0, "gradient", reset=True, candidates=256, start=32, grow_every=480
+    ),
 }
 
 OURS = {
