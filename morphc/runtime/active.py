@@ -126,6 +126,18 @@ def takes_hooks() -> bool:
     return slots_learn() and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def recomputed() -> bool:
+    """Whether a forward that already ran with gradients is computed again, for its backward.
+
+    `checkpoint(use_reentrant=False)` does that, and catches what is saved on the way with hooks. The other form runs
+    its forward without gradients first, so there the second one is the only one that learns.
+    """
+    return (
+        torch._C._current_graph_task_id() != -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
 def slots_learn() -> bool:
     """Whether gradients of slots are wanted. Not in a `torch.jit.trace`: it can't hold a Function of Python, and is
     checked against another one without gradients.

@@ -196,7 +196,9 @@ def _reconstruct(site: SeedSite, bank: SlotBank, fit: Fit, y: Tensor, slots: Slo
     """The gradient of giving the chunk back, into the bank's buffer, as a backward would add it."""
     if bank.kind.tap != "chunk":
         return
-    with torch.autocast(y.device.type, enabled=False):
+    # Tensors of this graph are kept as they are: checkpoint's own hooks would wait for them to be computed again.
+    as_is = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    with torch.autocast(y.device.type, enabled=False), as_is:
         x = active.take(y.detach(), slots, site.feature_axis, bank.spatial).to(torch.float32)
         flat = torch.where(active.per_slot(slots.isolated, x), x, 0)
         loss, grads = _reconstruction(flat, slots, bank)
@@ -204,6 +206,10 @@ def _reconstruct(site: SeedSite, bank: SlotBank, fit: Fit, y: Tensor, slots: Slo
         own = torch.where(active.per_slot(slots.isolated, grad), grad, 0).to(leaf.dtype)
         leaf.grad = own if leaf.grad is None else leaf.grad + own
     fit.add({"loss": loss}, slots.isolated)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _reconstruction(x: Tensor, slots: Slots, bank: SlotBank) -> tuple[Tensor, dict[str, Tensor]]:

@@ -159,8 +159,10 @@ class SeedSite(nn.Module):
         owned: nobody but the caller holds `y`, which may then be written in place. early: nothing was launched on
         the stream since this site measured `y`.
         """
-        if not is_compiling() and self.fitting is not None and self.training and active.takes_hooks():
-            return self._learn(self.fitting, y, layer_input, owned)
+        fitting = self.fitting
+        if fitting is not None and self.training and not is_compiling():
+            if active.takes_hooks() and not active.recomputed():
+                return self._learn(fitting, y, layer_input, owned)
         return self._join(y, layer_input, owned, early)
 
     def _learn(
