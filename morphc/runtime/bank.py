@@ -198,7 +198,8 @@ class SlotBank(nn.Module):
 
     @torch.no_grad()
     def clean_grads(self, scale: Tensor | None = None) -> Tensor:
-        """Divide the gradients by `scale`, and clear those of slots where one isn't finite; [K], where all were.
+        """Divide the gradients by `scale`, a number or [K], and clear those of slots where one isn't finite; [K], where
+        all were.
 
         Those of `frozen` parameters are cleared too: from zero, AdamW leaves them zero.
         """
@@ -206,7 +207,7 @@ class SlotBank(nn.Module):
         grads = [grad for grad in self.grads().values() if grad is not None]
         for grad in grads:
             if scale is not None:
-                grad.div_(scale.to(grad.device))
+                grad.div_(scale.to(grad.device).view(-1, *(1,) * (grad.dim() - 1)))
             finite &= grad.flatten(1).isfinite().all(1)
         for name in self.frozen:
             own = self._leaves[name].grad

@@ -150,6 +150,17 @@ def straight(site: SeedSite) -> bool:
     return bool(site.isolated_states)
 
 
+def scale_of(site: SeedSite, bank: SlotBank, scale: Tensor | None) -> Tensor | None:
+    """What the bank's gradients were multiplied with: the loss's scale, but for slots that learn by reconstruction,
+    whose gradient no `backward` has made; then one number a slot, [K].
+    """
+    if scale is None or straight(site):
+        return scale
+    lifecycle, alpha = site._states_on(bank.owner.device)
+    isolated = active.describe(bank.owner, lifecycle, alpha, site.features, site.seeds).isolated
+    return torch.where(isolated, 1.0, scale.to(isolated.device))
+
+
 def follow(store: SeedStore, site: SeedSite, states: set[Lifecycle]) -> None:
     """Measure at the site while one of its seeds is in a state that trains in isolation."""
     isolated = any(TABLE[state].trains == "isolated" for state in states)

@@ -160,9 +160,10 @@ class SeedSite(nn.Module):
         the stream since this site measured `y`.
         """
         fitting = self.fitting
-        if fitting is not None and self.training and not is_compiling():
-            if active.takes_hooks() and not active.recomputed():
-                return self._learn(fitting, y, layer_input, owned)
+        if fitting is None or not self.training or is_compiling():
+            return self._join(y, layer_input, owned, early)
+        if active.takes_hooks() and not active.recomputed():
+            return self._learn(fitting, y, layer_input, owned)
         return self._join(y, layer_input, owned, early)
 
     def _learn(

@@ -193,7 +193,7 @@ class SeedStore:
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
-                    finite = bank.clean_grads(scale)
+                    finite = bank.clean_grads(isolation.scale_of(site, bank, scale))
                     if not engine.step(site, name, bank, options):
                         bank.step(site.train_rows(bank) & finite, **options)
 

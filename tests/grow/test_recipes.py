@@ -1,0 +1,50 @@
+"""Growth inside the ways to train that people have, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import recipes
+from recipes import RECIPES, L, Recipe
+from torch import nn
+
+from morphc.errors import NotMorphedError
+from morphc.integrations.averaging import AveragedModel
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_seed_goes_all_the_way(name):
+    recipes.check_growth(RECIPES[name], "cpu")
+
+
+@pytest.mark.parametrize("isolation", ["straight_through", "reconstruction"])
+@pytest.mark.parametrize("state", [L.TRAINING, L.GRAFTING, L.FINE_TUNING])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_gives_slots_their_gradient_once(reentrant, state, isolation):
+    blend = {"isolation": isolation, "blueprint": "bottleneck", "blend": "lerp"}
+    options = blend if isolation == "reconstruction" else {}
+    recipes.check_gradients(Recipe(recompute=reentrant), state, "cpu", **options)
+
+
+@pytest.mark.parametrize("state", [L.TRAINING, L.GRAFTING, L.FINE_TUNING])
+def test_accumulated_gradients_of_slots_are_those_of_the_whole_batch(state):
+    recipes.check_gradients(Recipe(accumulate=4), state, "cpu")
+
+
+@pytest.mark.parametrize("name", ["everything", "sgd fused", "adamw fused amsgrad", "adamw foreach"])
+def test_a_snapshot_brings_the_run_back_bit_for_bit(name):
+    recipes.check_going_back(RECIPES[name], "cpu")
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_an_averaged_copy_follows_the_seeds(name, use_buffers):
+    recipes.check_average(RECIPES[name], "cpu", use_buffers)
+
+
+def test_an_average_of_a_model_without_seeds_is_refused():
+    with pytest.raises(NotMorphedError, match=r"morphc\.compile"):
+        AveragedModel(nn.Linear(2, 2))
+
+
+def test_a_scaler_leaves_reconstruction_alone():
+    recipes.check_scaled_reconstruction("cpu")
