@@ -19,14 +19,14 @@ class HostRates:
     ) -> None:
         self.model, self.optimizer, self.scaler, self.factor = model, optimizer, scaler, factor
         self._known: float | None = None
-        self._noted = Scale(scaler)
+        self.noted = Scale(scaler)
         if scaler is not None and scaler.is_enabled():
-            root_of(model).register_forward_pre_hook(self._noted)
+            root_of(model).register_forward_pre_hook(self.noted)
 
     @property
     def scale(self) -> Tensor | None:
         """What this step's loss was multiplied with, on the scaler's device; None without a scaler."""
-        return self._noted.value
+        return self.noted.value
 
     def lr(self, due: bool) -> float:
         """The first group's learning rate times `Config.seed_lr`; one on a device is read where a tick is `due`."""
