@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,12 @@ FOLDER = "morphc"
 """Inside a checkpoint: what the Trainer doesn't save of a model that grows."""
 
 
-class GrowCallback(TrainerCallback):  # type: ignore[misc]
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of this step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+class GrowCallback(TrainerCallback):
     """A `Grower` that the Trainer drives; `grower` from the beginning of `train` on.
 
     controller, evaluate, better, tick_every, on_recycle: as for `Grower`. metric: what of an evaluation's metrics is
@@ -72,8 +77,8 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         self._hook: Any = None
         self._trainer = trainer
         if trainer is not None:
-            check_grows(trainer.model, "the Trainer's model")
-            trainer.training_step = self._noting(trainer.training_step)
+            check_grows(cast(nn.Module, trainer.model), "the Trainer's model")
+            vars(trainer)["training_step"] = self._noting(trainer.training_step)
 
     # -- the loss --------------------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         """Beside the checkpoint's own files: seeds, slots and the Grower."""
         if self.grower is None or not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = checkpoint_of(args, state)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder} isn't there: no state of growth can be saved for this checkpoint"
@@ -194,7 +199,7 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
     def _resume(self, grower: Grower, args: TrainingArguments, state: TrainerState) -> None:
         named = [self.resume_from, args.resume_from_checkpoint]
         places = [Path(place) for place in named if isinstance(place, str | os.PathLike)]
-        places.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        places.append(checkpoint_of(args, state))
         for place in places:
             if (place / FOLDER / MANIFEST).is_file():
                 tree = Snapshot.load(place / FOLDER).tree

@@ -38,6 +38,7 @@ LOOSE = {
     "min_isolated_improvement": -1.0,
     "min_contribution": -10.0,
     "cull_contribution": -20.0,
+    "min_improvement": -10.0,
     "min_stability": 0.0,
     "min_final_stability": 0.0,
 }
