@@ -75,9 +75,12 @@ print("hit", hit)
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="needs fork to be killed many times without importing torch"
+NO_FORK = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="a child that is killed is a fork of this process"
 )
+
+
+@NO_FORK
 @pytest.mark.parametrize("what", ["model", "snapshot"])
 def test_a_save_that_is_killed_loses_at_most_itself(what: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, what, str(tmp_path / "saved"), "12"]
