@@ -84,7 +84,8 @@ class Run:
             try:
                 loss = self.step(number)
             finally:
-                torch.cuda.set_sync_debug_mode("default")
+                if careful:
+                    torch.cuda.set_sync_debug_mode("default")
             self.losses.append(float(loss))
             self.seen.add(Lifecycle(int(morphc.seeds(self.model).lifecycle[1])))
 
