@@ -16,6 +16,7 @@ from morphc.kernels.layout import View, view_of
 from morphc.kernels.ops import SiteSpec
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
 from morphc.lifecycle import BLENDS, TRAINS
+from morphc.runtime import compact
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 
@@ -42,12 +43,13 @@ class Listed:
 class Engine:
     """What one site keeps between calls. Nothing in it is copied, pickled or saved: it is made again when needed."""
 
-    __slots__ = ("kernels", "lists", "ready")
+    __slots__ = ("groups", "kernels", "lists", "ready")
 
     def __init__(self) -> None:
         self.ready: dict[torch.Size, Ready] = {}
         self.kernels: dict[tuple[object, ...], BankKernels | TapBankKernels | None] = {}
         self.lists: dict[tuple[str, torch.device], Listed] = {}
+        self.groups: dict[str, compact.Groups] = {}
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         return Engine, ()

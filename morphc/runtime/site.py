@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from morphc.errors import SeedError
 from morphc.lifecycle import ISOLATED, Mode
-from morphc.runtime import active, engine, isolation
+from morphc.runtime import active, compact, engine, isolation
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.devicegauge import DeviceGauge
@@ -210,6 +210,10 @@ class SeedSite(nn.Module):
             joined = engine.join(self, name, bank, out, tap, isolated_only=isolated_only, owned=owned)
             if joined is not None:
                 out, owned = joined, True
+                continue
+            joined = compact.join(self, name, bank, out, tap, isolated_only)
+            if joined is not None:
+                out = joined
                 continue
             described = described or self._states_on(y.device)
             out = active.through_bank(

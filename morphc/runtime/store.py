@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from morphc.config import Config
 from morphc.errors import NotMorphedError, SeedError
+from morphc.kernels.backend import chosen
 from morphc.kernels.lifecycle import Ticker
 from morphc.lifecycle import Lifecycle, Mode, mode_of
-from morphc.runtime import engine, fastpath, isolation
+from morphc.runtime import compact, engine, fastpath, isolation
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.meta import device_of, leave
 from morphc.runtime.mirror import Mirror, read
@@ -193,7 +194,11 @@ class SeedStore:
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
-                    finite = bank.clean_grads(isolation.scale_of(site, bank, scale))
+                    own = isolation.scale_of(site, bank, scale)
+                    by_torch = own is None and chosen(site.backend, bank.owner.device) == "torch"
+                    if by_torch and compact.step(site, name, bank, **options):
+                        continue
+                    finite = bank.clean_grads(own)
                     if not engine.step(site, name, bank, options):
                         bank.step(site.train_rows(bank) & finite, **options)
 
