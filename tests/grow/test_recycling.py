@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -404,3 +405,42 @@ def test_an_inner_controller_still_decides():
         run(model, morphc.RecycleController(then=inner), 40)
     assert morphc.seeds(model).lifecycle.max() > L.DORMANT
     assert not morphc.RecycleController(then=Never()).ranks_candidates
+
+
+def test_what_python_does_in_a_step_and_a_tick_does_not_grow_with_the_seeds():
+    """Counted in calls, so that it is the same on every machine."""
+    found = {}
+    for seeds in (8, 256):
+        torch.manual_seed(0)
+        host = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 4))
+        config = Config(
+            seeds_per_layer={"0": seeds, "2": 1},
+            slots=1,
+            rank=1,
+            telemetry_every=4,
+            gradient_telemetry=True,
+            backend="torch",
+        )
+        model = morphc.compile(host, (torch.zeros(2, 6),), config=config, verify=False)
+        controller = morphc.RecycleController(tau=0.0, every=8, by="gradient")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        grower, task, calls = morphc.Grower(model, optimizer, controller, tick_every=4), Task(), []
+        for step in range(16):
+            optimizer.zero_grad()
+            loss = task.loss(model, step)
+            loss.backward()
+            optimizer.step()
+            count = 0
+
+            def told(frame, event, argument):
+                nonlocal count
+                count += event in ("call", "c_call")
+
+            sys.setprofile(told)
+            grower.step(loss)
+            sys.setprofile(None)
+            calls.append(count)
+        found[seeds] = calls
+    ordinary = [step for step in range(16) if (step + 1) % 4]
+    assert [found[8][step] for step in ordinary] == [found[256][step] for step in ordinary]
+    assert all(found[256][step] < found[8][step] + 64 for step in range(16)), found

@@ -166,6 +166,10 @@ class Machine(RuleBasedStateMachine):
                 seed.enter(L.GERMINATED, self.ticks)
                 seed.slots = candidates
         self.told(done, path, chosen, moves)
+        self.mark(path)
+
+    def mark(self, path):
+        """Let every slot in use say something, so that a seed which the host should not see would be seen."""
         bank = self.seeds[path].slots["bottleneck"]
         with torch.no_grad():
             for slot, owner in enumerate(bank.owner.tolist()):
@@ -205,6 +209,41 @@ class Machine(RuleBasedStateMachine):
             if moves[-1]:
                 seed.enter(target, self.ticks)
         self.told(done, path, chosen, moves)
+
+    @rule(
+        path=st.sampled_from(("0", "2")),
+        chosen=st.lists(st.integers(0, SEEDS - 1), unique=True, min_size=1),
+        goal=st.sampled_from(list(L)),
+    )
+    def force(self, path, chosen, goal):
+        """Without gates and ages: through all states on the way, or by one move of the table; the embargo holds."""
+        target = goal
+        done = self.seeds[path].advance(chosen, to=target, gates=False)
+        moves = []
+        for i in chosen:
+            seed = self.expected[path][i]
+            way = [state for state in (L.DORMANT, *HOLDS) if seed.state < state <= target <= L.FOSSILIZED]
+            if target.name in MAY[seed.state.name].split():
+                way = [target]
+            barred = way and seed.embargo > 0 and (way[0] is L.GERMINATED or seed.state is L.CULLED)
+            room = SLOTS - sum(other.slots for other in self.expected[path])
+            full = way and way[0] is L.GERMINATED and not room
+            moves.append(bool(way) and not barred and not full)
+            for state in way if moves[-1] else ():
+                seed.enter(state, self.ticks)
+                seed.slots = seed.slots or int(state is L.GERMINATED)
+        self.told(done, path, chosen, moves)
+        self.mark(path)
+
+    @rule(
+        path=st.sampled_from(("0", "2")), chosen=st.lists(st.integers(0, SEEDS - 1), unique=True, min_size=1)
+    )
+    def recycle(self, path, chosen):
+        """Changes the host's units of dormant seeds, and no seed; the last layer's have nobody who reads them."""
+        done = self.seeds[path].recycle(chosen)
+        self.told(
+            done, path, chosen, [path == "0" and self.expected[path][i].state is L.DORMANT for i in chosen]
+        )
 
     @rule(told=METRICS, times=st.integers(1, 6))
     def tick(self, told, times):
@@ -265,7 +304,12 @@ class Machine(RuleBasedStateMachine):
                 Mode.ACTIVE if blends else Mode.TRAINING if trains else Mode.DORMANT
             )
         with torch.no_grad():
-            same = torch.equal(self.model(self.x).view(torch.int32), self.host(self.x).view(torch.int32))
+            # Both layers' own: nobody reads what a unit says that was recycled.
+            mine, theirs = (
+                torch.cat([net[0](self.x), net(self.x)], 1).view(torch.int32)
+                for net in (self.model, self.host)
+            )
+            same = torch.equal(mine, theirs)
         assert same == all(seed.alpha == 0 for own in self.expected.values() for seed in own)
 
 
