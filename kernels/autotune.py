@@ -101,7 +101,7 @@ def _train(bench: Bench, config: TuneConfig) -> Run:
     moments = [[torch.zeros_like(param) for param in bench.params] for _ in range(2)]
     step = torch.zeros(bench.spec.slots, dtype=torch.int64, device=bench.device)
     bank = training.Bank(bench.params, moments[0], moments[1], step)
-    loss = torch.zeros(bench.spec.seeds, device=bench.device)
+    loss = torch.zeros(bench.spec.slots, device=bench.device)
     # Nothing is learned: what is timed last is what was timed first.
     rates = training.Rates(lr=0.0)
     return lambda call: kernel.reconstruct(bench.buffer(call), bench.view, bench.listed, bank, loss, rates)

@@ -80,6 +80,7 @@ class BankKernels(ListedBank):
         super().__init__(spec, device)
         self._forward: dict[int, active.Forward] = {}
         self._backward: dict[int, gradient.Backward] = {}
+        self._trainers: dict[int, training.Trainer] = {}
 
     def new_stash(self, view: View) -> Tensor:
         """Room for the chunks that the forward overwrites, of every slot there is."""
@@ -139,6 +140,26 @@ class BankKernels(ListedBank):
             assert dx_view is not None
             kernel(dy, dy_view, dx, dx_view, listed, params, stash, flat, copied=copied)
         return dx, list(gradient.sections(self.spec, flat).values())
+
+    def reconstruct(
+        self,
+        stash: Tensor,
+        view: View,
+        listed: Tensor,
+        bank: training.Bank,
+        loss: Tensor,
+        rates: training.Rates,
+    ) -> None:
+        """One step of the isolated seeds towards giving back the chunks that the forward saved; loss: [K]."""
+        bucket = tuning.bucket(view.rows)
+        kernel = self._trainers.get(bucket)
+        if kernel is None:
+            spec = replace(self.spec, kind="train")
+            config = tuning.lookup(spec, view.rows) or training.default(spec, view.rows)
+            behind = _behind(spec, view.rows, config)
+            kernel = training.Trainer(spec, config, self.device, _precision(), behind)
+            self._trainers[bucket] = kernel
+        kernel.reconstruct(stash, view, listed, bank, loss, rates, live=False)
 
     def new_stepper(self) -> Stepper:
         """See ListedBank."""

@@ -232,7 +232,7 @@ class Trainer:
         """One step of all isolated seeds towards giving their own chunk back.
 
         x: the activation, or with `live=False` the chunks of it that the forward saved; view: of the activation.
-        loss: [S] float32, written for the isolated seeds.
+        loss: [K] float32, written for the slots of isolated seeds; where it isn't finite the slot stays as it is.
         """
         if not view.rows:
             return

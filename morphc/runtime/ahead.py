@@ -22,6 +22,7 @@ from morphc.kernels.layout import View, view_of
 from morphc.kernels.site import BankKernels, Like, TapBankKernels, refusal, spec_of
 from morphc.kernels.spec import KernelSpec
 from morphc.kernels.tuner import Task
+from morphc.runtime import isolation
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.site import SeedSite
 
@@ -116,6 +117,8 @@ def _of_site(site: SeedSite, seen: Seen, target: str, unfit: Collection[tuple[st
             if isinstance(kernels, BankKernels):
                 _chunk_bank(kernels, bank, y, view, axis, True)
                 _chunk_bank(BankKernels(kernels.spec, META), bank, y, view, axis, False)
+                if not isolation.straight(site):
+                    _reconstruct(kernels, bank, view)
             elif kernels is not None:
                 _tap_bank(kernels, bank, y, view, axis)
             # Parameters are float32, and AdamW walks them whatever the activation's layout is.
@@ -203,6 +206,21 @@ def _tap_bank(kernels: TapBankKernels, bank: SlotBank, y: Tensor, view: View, ax
             )
 
 
+def _reconstruct(kernels: BankKernels, bank: SlotBank, view: View) -> None:
+    if training.refuses(kernels.spec):
+        return
+    loss = torch.empty(bank.slots, device=META)
+    kernels.reconstruct(
+        kernels.new_stash(view), view, kernels.new_list(), _held(bank), loss, training.Rates(lr=0.0)
+    )
+
+
+def _held(bank: SlotBank) -> training.Bank:
+    params = _on_meta(bank.leaves().values())
+    means, squares = ([torch.empty_like(param) for param in params] for _ in range(2))
+    return training.Bank(params, means, squares, torch.empty(bank.slots, dtype=torch.int64, device=META))
+
+
 def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor) -> None:
     seeds = kernels.spec.seeds
     owner, lifecycles = bank.owner.to(META), torch.empty(seeds, dtype=torch.int32, device=META)
@@ -210,11 +228,9 @@ def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor)
 
 
 def _step(kernels: BankKernels | TapBankKernels, bank: SlotBank) -> None:
-    listed, params = kernels.new_list(), _on_meta(bank.leaves().values())
-    moments = [[torch.empty_like(param) for param in params] for _ in range(2)]
-    step = torch.empty(bank.slots, dtype=torch.int64, device=META)
-    held = training.Bank(params, moments[0], moments[1], step)
-    kernels.step(listed, held, [torch.empty_like(param) for param in params], training.Rates(lr=0.0))
+    held = _held(bank)
+    gradients = [torch.empty_like(param) for param in held.params]
+    kernels.step(kernels.new_list(), held, gradients, training.Rates(lr=0.0))
 
 
 def _on_meta(tensors: Iterable[Tensor]) -> list[Tensor]:

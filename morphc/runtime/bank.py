@@ -197,17 +197,20 @@ class SlotBank(nn.Module):
         self.opt.step[slot] = 0
 
     @torch.no_grad()
-    def clean_grads(self, scale: Tensor | None = None) -> Tensor:
-        """Divide the gradients by `scale`, a number or [K], and clear those of slots where one isn't finite; [K], where
-        all were.
+    def clean_grads(self, scale: Tensor | None = None, unscaled: Tensor | None = None) -> Tensor:
+        """Divide the gradients by `scale`, but those of slots where `unscaled` [K]; [K], where all were finite.
 
-        Those of `frozen` parameters are cleared too: from zero, AdamW leaves them zero.
+        Cleared are those of slots where one isn't finite, and those of `frozen` parameters: from zero, AdamW leaves
+        them zero.
         """
         finite = torch.ones(self.slots, dtype=torch.bool, device=self.owner.device)
         grads = [grad for grad in self.grads().values() if grad is not None]
         for grad in grads:
             if scale is not None:
-                grad.div_(scale.to(grad.device).view(-1, *(1,) * (grad.dim() - 1)))
+                by = scale.to(grad.device)
+                if unscaled is not None:
+                    by = torch.where(unscaled, 1.0, by).view(-1, *(1,) * (grad.dim() - 1))
+                grad.div_(by)
             finite &= grad.flatten(1).isfinite().all(1)
         for name in self.frozen:
             own = self._leaves[name].grad

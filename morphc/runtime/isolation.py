@@ -15,18 +15,19 @@ least squares, take most away: tr(cross' gram^-1 cross) / gg.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from morphc.kernels.reference.train import reconstruct
 from morphc.lifecycle import TABLE, Lifecycle
-from morphc.runtime import active
+from morphc.runtime import active, reconstructing
 
 if TYPE_CHECKING:
     from morphc.runtime.active import Slots
     from morphc.runtime.bank import SlotBank
+    from morphc.runtime.reconstructing import Saved
     from morphc.runtime.site import SeedSite
     from morphc.runtime.store import SeedStore
 
@@ -41,12 +42,18 @@ class Fit:
     """The sums of one bank: `SCALARS` [K] float32, `gram` [K, R, R] and `cross` [K, R, C] where there is an h."""
 
     def __init__(self, bank: SlotBank, device: torch.device) -> None:
+        self.saved: Saved | None = None
+        self.summed = False
         self.sums = {name: torch.zeros(bank.slots, device=device) for name in SCALARS}
         out = bank.kind.outs(bank.geometry)
         if bank.kind.has_basis(bank.geometry):
             rank, chunk = bank.get_parameter(out[0]).shape[1:]
             self.sums["gram"] = torch.zeros(bank.slots, rank, rank, device=device)
             self.sums["cross"] = torch.zeros(bank.slots, rank, chunk, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What kernels have saved for the coming step is theirs; a copy has none, as it has no gradients of the host's.
+        return {**self.__dict__, "saved": None}
 
     @torch.no_grad()
     def forget(self, slot: int) -> None:
@@ -150,17 +157,6 @@ def straight(site: SeedSite) -> bool:
     return bool(site.isolated_states)
 
 
-def scale_of(site: SeedSite, bank: SlotBank, scale: Tensor | None) -> Tensor | None:
-    """What the bank's gradients were multiplied with: the loss's scale, but for slots that learn by reconstruction,
-    whose gradient no `backward` has made; then one number a slot, [K].
-    """
-    if scale is None or straight(site):
-        return scale
-    lifecycle, alpha = site._states_on(bank.owner.device)
-    isolated = active.describe(bank.owner, lifecycle, alpha, site.features, site.seeds).isolated
-    return torch.where(isolated, 1.0, scale.to(isolated.device))
-
-
 def follow(store: SeedStore, site: SeedSite, states: set[Lifecycle]) -> None:
     """Measure at the site while one of its seeds is in a state that trains in isolation."""
     isolated = any(TABLE[state].trains == "isolated" for state in states)
@@ -196,23 +192,35 @@ def watch(
             continue
         slots = active.describe(site.owner_of(bank), *described, site.features, site.seeds)
         fit = fitting.fit(name, bank)
-        if learns:
-            _reconstruct(site, bank, fit, y, slots)
+        if learns and bank.kind.tap == "chunk":
+            _learn(site, name, bank, fit, y, slots)
         elif due:
             hooks.append(_look(site, bank, fit, y, tap, slots))
     return hooks
 
 
-def _reconstruct(site: SeedSite, bank: SlotBank, fit: Fit, y: Tensor, slots: Slots) -> None:
-    """The gradient of giving the chunk back, into the bank's buffer, as a backward would add it."""
-    if bank.kind.tap != "chunk":
-        return
+def _learn(site: SeedSite, name: str, bank: SlotBank, fit: Fit, y: Tensor, slots: Slots) -> None:
+    """Let the seeds learn to give their chunk back: by kernels, or by gradients as a backward would add them up."""
+    if fit.saved is None and not fit.summed:
+        fit.saved = reconstructing.save(site, name, bank, y)
+        if fit.saved is not None:
+            return
+    if fit.saved is not None:
+        # Another forward before a step: from here on their gradients are summed.
+        _reconstruct(bank, fit, reconstructing.by_slot(fit.saved, bank), slots)
+        fit.saved = None
+    _reconstruct(bank, fit, active.take(y.detach(), slots, site.feature_axis, bank.spatial), slots)
+    fit.summed = True
+
+
+def _reconstruct(bank: SlotBank, fit: Fit, x: Tensor, slots: Slots) -> None:
+    """The gradient of giving the chunks x back, into the bank's buffer."""
     # Tensors of this graph are kept as they are: checkpoint's own hooks would wait for them to be computed again.
     as_is = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-    with torch.autocast(y.device.type, enabled=False), as_is:
-        x = active.take(y.detach(), slots, site.feature_axis, bank.spatial).to(torch.float32)
-        flat = torch.where(active.per_slot(slots.isolated, x), x, 0)
-        loss, grads = _reconstruction(flat, slots, bank)
+    with torch.autocast(x.device.type, enabled=False), as_is:
+        mask = slots.inside & slots.isolated.unsqueeze(1)
+        mask = mask.view(*mask.shape[:1], 1, -1, *(1,) * (x.dim() - 3))
+        loss, grads = _reconstruction(torch.where(mask, x, 0).to(torch.float32), slots, bank)
     for leaf, grad in zip(bank.leaves().values(), grads.values(), strict=True):
         own = torch.where(active.per_slot(slots.isolated, grad), grad, 0).to(leaf.dtype)
         leaf.grad = own if leaf.grad is None else leaf.grad + own
@@ -221,6 +229,28 @@ def _reconstruct(site: SeedSite, bank: SlotBank, fit: Fit, y: Tensor, slots: Slo
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+@torch.no_grad()
+def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any]) -> None:
+    """The step of what kernels have saved for it; nothing where gradients are in the bank's buffer instead."""
+    fit = site.fitting.fits.get(name) if site.fitting is not None else None
+    if fit is None:
+        return
+    saved, fit.saved, fit.summed = fit.saved, None, False
+    if saved is not None and saved.versions == reconstructing.versions_of(site, bank):
+        loss = reconstructing.step(bank, saved, options)
+        fit.add({"loss": loss}, _isolated(site, bank))
+
+
+def unscaled(site: SeedSite, bank: SlotBank) -> Tensor | None:
+    """[K]: the slots whose gradients come from a loss of their own, which no scaler has multiplied; None for none."""
+    return None if straight(site) else _isolated(site, bank)
+
+
+def _isolated(site: SeedSite, bank: SlotBank) -> Tensor:
+    states = site._states_on(bank.owner.device)
+    return active.describe(site.owner_of(bank), *states, site.features, site.seeds).isolated
 
 
 def _reconstruction(x: Tensor, slots: Slots, bank: SlotBank) -> tuple[Tensor, dict[str, Tensor]]:

@@ -194,11 +194,11 @@ class SeedStore:
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
-                    own = isolation.scale_of(site, bank, scale)
-                    by_torch = own is None and chosen(site.backend, bank.owner.device) == "torch"
+                    isolation.step(site, name, bank, options)
+                    by_torch = scale is None and chosen(site.backend, bank.owner.device) == "torch"
                     if by_torch and compact.step(site, name, bank, **options):
                         continue
-                    finite = bank.clean_grads(own)
+                    finite = bank.clean_grads(scale, isolation.unscaled(site, bank))
                     if not engine.step(site, name, bank, options):
                         bank.step(site.train_rows(bank) & finite, **options)
 

@@ -52,7 +52,9 @@ class Image(nn.Module):
 def compiled(name: str, blueprint: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
     host, shape = {"mlp": (MLP(), (33, 24)), "image": (Image(), (4, 3, 12, 12))}[name]
     x = torch.randn(shape).to(dtype)
-    config = morphc.Config(seeds_per_layer=8, slots=4, blueprint=blueprint, telemetry_every=1)
+    blueprint, _, isolation = blueprint.partition(" in ")
+    options = {"isolation": isolation, "blend": "lerp"} if isolation else {}
+    config = morphc.Config(seeds_per_layer=8, slots=4, blueprint=blueprint, telemetry_every=1, **options)
     return morphc.compile(host.to(dtype), (x,), config=config, verify=False), x
 
 
@@ -86,7 +88,15 @@ def no_kernels_kept() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("host", "blueprint"),
-    [("mlp", "bottleneck"), ("mlp", "lowrank"), ("mlp", "widen"), ("mlp", "affine"), ("image", "bottleneck")],
+    [
+        ("mlp", "bottleneck"),
+        ("mlp", "lowrank"),
+        ("mlp", "widen"),
+        ("mlp", "affine"),
+        ("mlp", "affine in reconstruction"),
+        ("mlp", "bottleneck in reconstruction"),
+        ("image", "bottleneck"),
+    ],
 )
 def test_whatever_the_runtime_asks_for_was_predicted(
     host: str, blueprint: str, dtype: torch.dtype, target: str, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +122,7 @@ def test_whatever_the_runtime_asks_for_was_predicted(
         store_of(model).state.settle()
     assert {one.source.spec.kind for one in asked} >= {"telemetry", "active_list"}
     assert len({one.source.spec.kind for one in asked}) >= 4
+    assert any(one.function == "train" for one in asked) == ("reconstruction" in blueprint)
     for one in asked:
         assert told(one) in expected, (one.source.name, one.function, one.constants, one.options, one.aligned)
 

@@ -627,6 +627,15 @@ def adamw(
             sums_ptr = partial_ptr + row * PER_SLOT
             # The mean is over the rows and the chunk's own columns.
             share = 1.0 / (rows.to(tl.float32) * _width(seed))
+            lane = tl.arange(0, DEPTH)
+            error = 0.0
+            for summed in range(0, parts, DEPTH):
+                errors_ptr = sums_ptr + (tl.cast(summed, tl.int64) + lane) * (GROUP * PER_SLOT) + LOSS
+                error += tl.sum(tl.load(errors_ptr, mask=summed + lane < parts, other=0.0), axis=0)
+            # A slot whose error isn't finite sits the step out, which `train` has counted.
+            finite = error * 0.0 == 0.0
+            if (tl.program_id(0) == 0) & (error * 0.0 != 0.0):
+                tl.store(step_ptr + slot, step - 1)
         else:
             step += 1
         correction = (1.0 - tl.exp(step.to(tl.float64) * mean_log)).to(tl.float32)
@@ -642,11 +651,13 @@ def adamw(
                     ahead = tl.cast(done, tl.int64) * (GROUP * PER_SLOT)
                     gradient += tl.sum(tl.load(sums_ptr + ahead + at, mask=there, other=0.0), axis=0)
                 gradient = gradient * share
-                tl.store(loss_ptr + seed + number * 0, gradient, mask=number == LOSS)
+                tl.store(loss_ptr + slot + number * 0, gradient, mask=number == LOSS)
                 gradient = gradient * 2.0
             at = slot * 55 + (number - IN_WEIGHT)
             there = (number >= IN_WEIGHT) & (number < 55)
-            if not SUMS:
+            if SUMS:
+                there = there & finite & (gradient * 0.0 == 0.0)
+            else:
                 gradient = tl.load(in_weight_gradient_ptr + at, mask=there, other=0.0)
             _update(
                 in_weight_ptr, in_weight_mean_ptr, in_weight_square_ptr, at, gradient, there,
@@ -654,7 +665,9 @@ def adamw(
             )
             at = slot * 5 + (number - IN_BIAS)
             there = (number >= IN_BIAS) & (number < 60)
-            if not SUMS:
+            if SUMS:
+                there = there & finite & (gradient * 0.0 == 0.0)
+            else:
                 gradient = tl.load(in_bias_gradient_ptr + at, mask=there, other=0.0)
             _update(
                 in_bias_ptr, in_bias_mean_ptr, in_bias_square_ptr, at, gradient, there,
@@ -662,7 +675,9 @@ def adamw(
             )
             at = slot * 55 + (number - OUT_WEIGHT)
             there = (number >= OUT_WEIGHT) & (number < 115)
-            if not SUMS:
+            if SUMS:
+                there = there & finite & (gradient * 0.0 == 0.0)
+            else:
                 gradient = tl.load(out_weight_gradient_ptr + at, mask=there, other=0.0)
             _update(
                 out_weight_ptr, out_weight_mean_ptr, out_weight_square_ptr, at, gradient, there,
@@ -670,7 +685,9 @@ def adamw(
             )
             at = slot * 11 + (number - OUT_BIAS)
             there = (number >= OUT_BIAS) & (number < 126)
-            if not SUMS:
+            if SUMS:
+                there = there & finite & (gradient * 0.0 == 0.0)
+            else:
                 gradient = tl.load(out_bias_gradient_ptr + at, mask=there, other=0.0)
             _update(
                 out_bias_ptr, out_bias_mean_ptr, out_bias_square_ptr, at, gradient, there,

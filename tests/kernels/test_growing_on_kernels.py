@@ -11,6 +11,7 @@ from where import DEVICE
 
 import morphc
 from morphc import Config, Lifecycle
+from morphc.kernels.site import BankKernels
 
 L = Lifecycle
 HOST = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
@@ -98,6 +99,74 @@ def test_reconstruction_on_kernels_leaves_the_host_alone_beside_an_active_seed()
     for name in found[0]:
         assert found[1][name].abs().sum() > 0 or name.endswith("in_bias")
         assert torch.allclose(found[0][name], found[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("layout", ["last", "channels_first"])
+def test_reconstruction_where_nothing_blends_is_a_kernel_s_own_step(forwards, layout, monkeypatch):
+    """Chunks are saved by the forward before a ReLU works in their place; several forwards a step add up in torch."""
+    steps = []
+    own = BankKernels.reconstruct
+    monkeypatch.setattr(BankKernels, "reconstruct", lambda self, *args: steps.append(own(self, *args)))
+    conv = layout == "channels_first"
+    found, losses = [], []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        x = torch.randn(3, 16, 3, 5, 5, device=DEVICE) if conv else torch.randn(3, 16, 6, device=DEVICE)
+        first = nn.Conv2d(3, 7, 3) if conv else nn.Linear(6, 7)
+        host = nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten()).to(DEVICE)
+        options = {"isolation": "reconstruction", "blend": "lerp", "blueprint": "bottleneck"}
+        config = Config(seeds_per_layer=2, slots=2, rank=2, backend=backend, **options)
+        model = morphc.compile(host, (x[0],), config=config, verify=False)
+        seeds = morphc.seeds(model)
+        assert all(seeds["0"].germinate([1], candidates=2))
+        assert all(seeds["0"].advance([1], to=L.TRAINING))
+        for step in range(3):
+            for _ in range(forwards):
+                batch = x[step] if not (step == 1 and conv) else x[step, 1:]
+                expected = nn.functional.relu(
+                    nn.functional.conv2d(batch, first.weight, first.bias) if conv else first(batch)
+                )
+                out = model(batch)
+                assert torch.equal(out, expected.flatten(1))
+                out.square().sum().backward()
+            seeds.step_optimizer(lr=0.01, scale=torch.tensor(2.0**12, device=DEVICE))
+        bank = seeds["0"].slots["bottleneck"]
+        found.append(
+            {name: value.clone() for name, value in (*bank.named_parameters(), *bank.named_buffers())}
+        )
+        losses.append(seeds["0"].site.fitting.fits["bottleneck"].sums)
+    assert len(steps) == (3 if forwards == 1 else 0)
+    assert found[0]["opt.step"].tolist() == [3, 3]
+    for name, value in found[1].items():
+        assert torch.allclose(found[0][name], value, atol=1e-5), name
+    for name in ("loss", "steps", "lost"):
+        assert torch.allclose(losses[0][name], losses[1][name], rtol=1e-4), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_reconstruction_that_is_not_finite_is_counted_and_moves_nothing(backend):
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, device=DEVICE)
+    options = {"isolation": "reconstruction", "blend": "lerp", "blueprint": "bottleneck"}
+    config = Config(seeds_per_layer=2, slots=2, rank=2, backend=backend, **options)
+    model = morphc.compile(copy.deepcopy(HOST).to(DEVICE), (x,), config=config, verify=False)
+    seeds = morphc.seeds(model)
+    seeds["2"].germinate([0, 1])
+    seeds["2"].advance([0, 1], to=L.TRAINING)
+    bank = seeds["2"].slots["bottleneck"]
+    with torch.no_grad():
+        model[2].bias[0] = float("inf")
+    before = {name: value.clone() for name, value in (*bank.named_parameters(), *bank.named_buffers())}
+    model(x).sum().backward()
+    seeds.step_optimizer(lr=0.1)
+    broken = bank.owner.tolist().index(0)
+    for name, value in (*bank.named_parameters(), *bank.named_buffers()):
+        assert torch.equal(value[broken], before[name][broken]), name
+    assert bank.opt.step[1 - broken] == 1
+    assert seeds["2"].site.fitting.fits["bottleneck"].sums["lost"].tolist() == [
+        float(slot == broken) for slot in range(2)
+    ]
 
 
 def test_seeds_train_inside_one_graph_of_torch_compile():
