@@ -1,7 +1,7 @@
 """A small GPT-2 that grows inside transformers' Trainer: `python examples/hf_trainer.py`, some seconds on a CPU.
 
-The Trainer accumulates, clips, evaluates and makes its own AdamW; the callback does the rest. What comes out in the end is
-a plain GPT-2 again, wider where it grew.
+The Trainer accumulates, clips, evaluates and makes its own AdamW; the callback does the rest. What comes out in the
+end is a plain GPT-2 again, wider where it grew.
 """
 
 import tempfile
@@ -90,16 +90,22 @@ def main() -> None:
                     validation_loss,
                     metric="eval_loss",
                     tick_every=2,
-                    on_event=lambda event: [print(f"step {event.step:4d}  {t}") for t in event.transitions if t],
+                    on_event=lambda event: [
+                        print(f"step {event.step:4d}  {t}") for t in event.transitions if t
+                    ],
                 )
             ],
         )
         trainer.train()
     plain = morphc.fold(trainer.model)
     plain.eval()
-    print(f"\nfolded: {type(plain).__name__}, {sum(p.numel() for p in plain.parameters())} parameters", end=", ")
+    print(
+        f"\nfolded: {type(plain).__name__}, {sum(p.numel() for p in plain.parameters())} parameters", end=", "
+    )
     with torch.no_grad():
-        print(f"validation loss {validation_loss(plain):.4f}, as grown {validation_loss(trainer.model.eval()):.4f}")
+        print(
+            f"validation loss {validation_loss(plain):.4f}, as grown {validation_loss(trainer.model.eval()):.4f}"
+        )
 
 
 if __name__ == "__main__":

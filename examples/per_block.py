@@ -1,7 +1,7 @@
 """A transformer whose blocks are compiled one by one, as large training programs do: `python examples/per_block.py`.
 
-Each block is a compiled model of its own, with its own optimizer and its own Grower, so a rollback in one block leaves the
-others alone. In the end every block is folded in its place. Some seconds on a CPU.
+Each block is a compiled model of its own, with its own optimizer and its own Grower, so a rollback in one block leaves
+the others alone. In the end every block is folded in its place. Some seconds on a CPU.
 """
 
 import torch
@@ -111,7 +111,9 @@ def main() -> None:
     for name, block in model.layers.named_children():
         setattr(model.layers, name, morphc.fold(block))
     widths = ", ".join(str(block.up.out_features) for block in model.layers)
-    print(f"\nfolded: MLPs of {widths} units, validation loss {validation_loss(model):.4f}, as grown {grown_loss:.4f}")
+    print(
+        f"\nfolded: MLPs of {widths} units, validation loss {validation_loss(model):.4f}, as grown {grown_loss:.4f}"
+    )
 
 
 if __name__ == "__main__":

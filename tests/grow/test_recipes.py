@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import recipes
+import torch
+from growing import Task
 from recipes import RECIPES, L, Recipe
 from torch import nn
 
@@ -48,3 +53,15 @@ def test_an_average_of_a_model_without_seeds_is_refused():
 
 def test_a_scaler_leaves_reconstruction_alone():
     recipes.check_scaled_reconstruction("cpu")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_whose_grower_has_a_scaler_is_copied_without_it(copied):
+    _, run = recipes.made(RECIPES["fp16 scaled"], Task(), "cpu")
+    grower = run.grower(recipes.morphc.ScheduleController([]))
+    grower.step(run.step(0))
+    twin = copied(run.model).train()
+    noted = grower.scale_noted.value
+    x = run.task.vx
+    assert torch.equal(twin(x), run.model.eval()(x))
+    assert grower.scale_noted.value is noted
