@@ -172,3 +172,25 @@ def test_a_checkpoint_without_its_state_of_growth_is_refused(tmp_path):
     call = callback(resume_from=tmp_path / "elsewhere")
     trainer_of(tmp_path, grown(), call, max_steps=20).train(resume_from_checkpoint=str(place))
     assert call.grower.steps == 20
+
+
+def test_a_rollback_lets_the_schedule_go_on(tmp_path):
+    trainer = trainer_of(tmp_path, grown(), save_strategy="no")
+    step, told = trainer.training_step, []
+
+    def poisoned(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        grafts = not told and Lifecycle.GRAFTING in call.grower.seeds.lifecycle.tolist()
+        return loss * float("nan") if grafts else loss
+
+    trainer.training_step = poisoned
+    call = callback(trainer=trainer, on_event=lambda event: told.append(event) if event.rolled_back else None)
+    trainer.add_callback(call)
+    trainer.train()
+    (event,) = told
+    assert event.rolled_back == "a loss of nan"
+    assert event.rewound_to < event.step
+    assert trainer.state.global_step == 40
+    assert call.grower.steps == 40 - (event.step - event.rewound_to)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.0  # a linear schedule ends there
+    assert Lifecycle.FINE_TUNING not in call.grower.seeds.lifecycle.tolist()
