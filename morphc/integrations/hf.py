@@ -124,6 +124,11 @@ class GrowCallback(TrainerCallback):
         """Make the Grower, and bring it to where the checkpoint was."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         check_grows(model, "the Trainer's model")
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"the Trainer sees {args.n_gpu} GPUs in one process and would use DataParallel, whose copies of the "
+                "model last one step; start one process a GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
         scaler = getattr(optimizer, "scaler", None)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         check_optimizer(model, optimizer, "the Trainer's optimizer")

@@ -194,3 +194,30 @@ def test_a_rollback_lets_the_schedule_go_on(tmp_path):
     assert call.grower.steps == 40 - (event.step - event.rewound_to)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.0  # a linear schedule ends there
     assert Lifecycle.FINE_TUNING not in call.grower.seeds.lifecycle.tolist()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    call = callback()
+    trainer = trainer_of(tmp_path, grown(), call)
+    monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda args: 2))
+    with pytest.raises(ConfigError, match="torchrun"):
+        call.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=None)
+
+
+def test_the_best_model_comes_back_with_its_seeds(tmp_path):
+    options = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    trainer = trainer_of(tmp_path, grown(), callback(), save_steps=8, **options)
+    trainer.train()
+    assert trainer.state.best_global_step == 8  # the worst, to be told from the last
+    states = morphc.seeds(trainer.model)
+    assert states[SITE].lifecycle.tolist() == [Lifecycle.TRAINING, Lifecycle.DORMANT]
+    assert states[SITE].mode.name == "TRAINING"
+    assert all(
+        site.lifecycle.tolist() == [Lifecycle.DORMANT] * 2
+        for path, site in states.sites.items()
+        if path != SITE
+    )

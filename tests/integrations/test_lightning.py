@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -198,3 +200,12 @@ def test_a_model_that_can_not_grow_is_refused(tmp_path, change, error, message):
 
 def other_optimizer():
     return torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+
+
+def test_the_older_name_of_the_package_is_served_too():
+    pytest.importorskip("pytorch_lightning", reason="the older name: pip install pytorch-lightning")
+    code = (
+        "import pytorch_lightning, morphc.integrations.lightning as own; "
+        "assert issubclass(own.GrowCallback, pytorch_lightning.Callback)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
