@@ -234,7 +234,9 @@ def candidates(spec: KernelSpec, rows: int, processors: int = 132) -> tuple[Tune
     elif last and half and plain:
         order = ((2, 8, 8), (4, 8, 4), (4, 4, 8)) if spec.chunk <= line else ((4, 8, 4), (8, 8, 2), (4, 4, 8))
     elif last and even and plain and 4 <= spec.chunk <= 2 * line:
-        order = ((2, 8, 8), (1, 8, 16), (4, 8, 4)) if spec.chunk <= line else ((1, 8, 16), (2, 8, 8), (4, 8, 4))
+        order = (
+            ((2, 8, 8), (1, 8, 16), (4, 8, 4)) if spec.chunk <= line else ((1, 8, 16), (2, 8, 8), (4, 8, 4))
+        )
     elif spec.chunk * ITEM[spec.dtype] <= 4:
         # A multiprocessor has room for 7 of 4 warps there, whose threads have 66 to 72 registers.
         order = ((4, 4, 7), (8, 4, 4), (4, 8, 4))

@@ -98,7 +98,9 @@ def refuses(spec: KernelSpec) -> str:
 
 def default(spec: KernelSpec, rows: int) -> TuneConfig:
     """A config where none was tuned: what won on an H200, for what else the backward's."""
-    plain = spec.blueprint == "bottleneck" and spec.dtype != "float32" and spec.blend not in ("multiply", "gate")
+    plain = (
+        spec.blueprint == "bottleneck" and spec.dtype != "float32" and spec.blend not in ("multiply", "gate")
+    )
     if plain and next_pow2(spec.rank) <= 16 and spec.chunk in (2, 64) and rows * spec.slots >= 1 << 14:
         group = 4 if spec.chunk == 2 else 1
         return TuneConfig(64, group * spec.chunk, 4, 3, group=group, programs=4 if group > 1 else 2)

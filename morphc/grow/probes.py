@@ -60,6 +60,8 @@ class Activity:
     def _see(self, path: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
         if not (args and isinstance(args[0], Tensor) and reader.training) or is_compiling():
             return
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint computes its forward again, inside the backward
         self.forwards[path] = self.forwards.get(path, 0) + 1
         if (self.forwards[path] - 1) % self.every:
             return

@@ -105,7 +105,7 @@ def scalars(grown: Grower | nn.Module) -> Iterator[tuple[str, float]]:
 def distributions(grown: Grower | nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(tag, values) of every histogram that `log` writes, before what isn't finite is left out."""
     model = grown.model if isinstance(grown, Grower) else grown
-    health = grown.health if isinstance(grown, Grower) else Seeds(model).telemetry()
+    health = grown.measuring.health if isinstance(grown, Grower) else Seeds(model).telemetry()
     for path, site in store_of(model).sites.items():
         rows = slice(site.offset, site.offset + site.seeds)
         measured = health["count"][rows] > 0

@@ -13,7 +13,9 @@ from recipes import RECIPES, L, Recipe
 from torch import nn
 
 from morphc.errors import NotMorphedError
+from morphc.grow.probes import Activity
 from morphc.integrations.averaging import AveragedModel
+from morphc.runtime.store import store_of
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,7 +63,15 @@ def test_a_model_whose_grower_has_a_scaler_is_copied_without_it(copied):
     grower = run.grower(recipes.morphc.ScheduleController([]))
     grower.step(run.step(0))
     twin = copied(run.model).train()
-    noted = grower.scale_noted.value
+    noted = grower.rates.noted.value
     x = run.task.vx
     assert torch.equal(twin(x), run.model.eval()(x))
-    assert grower.scale_noted.value is noted
+    assert grower.rates.noted.value is noted
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_counts_the_activity_of_units_once(reentrant):
+    _, run = recipes.made(Recipe(recompute=reentrant), Task(), "cpu")
+    activity = Activity(store_of(run.model), 1)
+    run.step(0)
+    assert activity.forwards == {"0": 1}

@@ -64,7 +64,7 @@ def test_scalars_and_histograms_of_a_grower():
     )
     assert writer.scalars["morphc/loss"][0] == grower.losses.latest
     assert "morphc/stability" not in writer.scalars  # two ticks are too few to say
-    assert torch.equal(writer.histograms["morphc/0/variance"][0], grower.health["variance"][:2])
+    assert torch.equal(writer.histograms["morphc/0/variance"][0], grower.measuring.health["variance"][:2])
     assert writer.histograms["morphc/2/bottleneck/in_weight"][0].numel() == 2 * 3
     assert "morphc/0/bottleneck/in_weight" not in writer.histograms
 
