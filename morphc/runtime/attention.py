@@ -33,7 +33,7 @@ from morphc.lifecycle import Mode
 from morphc.runtime.bank import FREE, SlotBank
 from morphc.runtime.regions import WatchedForward
 from morphc.runtime.site import SeedSite
-from morphc.runtime.telemetry import _watch, exporting
+from morphc.runtime.telemetry import exporting
 
 PACKED: Final = "in_proj_weight"
 SEPARATE: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -89,6 +89,7 @@ class Third(SeedSite):
         )
         self.first = index * seeds
         self.slots = whole.slots
+        self.follow_plan()
 
     def owner_of(self, bank: SlotBank) -> Tensor:
         """[K]: the third's own seed that holds each slot, -1 where free or held by a seed of another third."""
@@ -121,6 +122,7 @@ class AttentionForward(WatchedForward):
                     f"features each: use three times a divisor of {packed.features // 3}"
                 )
             self.thirds = tuple(Third(packed, index) for index in range(3))
+            packed.__dict__["parts"] = self.thirds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active() and not self._due():
@@ -130,6 +132,8 @@ class AttentionForward(WatchedForward):
 
     def active(self) -> bool:
         """Whether some site changes a value or its gradient. What trains in isolation does so for gradients only."""
+        if torch.compiler.is_compiling() and not exporting():
+            return True  # a graph holds the sites in every mode
         grad = torch.is_grad_enabled()
         return any(site.mode == Mode.ACTIVE or (grad and site.mode) for site in self.by_name.values())
 
@@ -138,7 +142,7 @@ class AttentionForward(WatchedForward):
         if not self.module.training:
             return False
         if torch.compiler.is_compiling():
-            return not exporting()
+            return False
         if torch._C._current_graph_task_id() != -1:
             return False
         pulses = [site.pulse for site in self.by_name.values() if site.pulse.every]
@@ -159,11 +163,8 @@ class AttentionForward(WatchedForward):
             return self._in_steps(call)
         out = F.multi_head_attention_forward(*args, **kwargs)
         # Afterwards: arguments that torch refuses must be refused in its own words.
-        if torch.compiler.is_compiling():
-            self._watch_in_graph(call)
-        else:
-            with torch.no_grad():
-                self._project(call, (call.query, call.key, call.value))
+        with torch.no_grad():
+            self._project(call, (call.query, call.key, call.value))
         return out
 
     # -- projections -------------------------------------------------------------------------------------
@@ -200,45 +201,19 @@ class AttentionForward(WatchedForward):
 
     def _by_thirds(self, site: SeedSite, values: Three, inputs: Three) -> Three:
         """The packed site on tensors with rows of their own; one forward is counted once."""
+        if torch.compiler.is_compiling():
+            each = zip(self.thirds, values, inputs, strict=True)
+            q, k, v = (third.traced(value, x, self.module.training) for third, value, x in each)
+            return q, k, v
         if self.module.training:
-            compiling = torch.compiler.is_compiling()
             for third, value in zip(self.thirds, values, strict=True):
-                if not compiling:
-                    third.pulse.every, third.pulse.count = site.pulse.every, site.pulse.count
+                third.pulse.every, third.pulse.count = site.pulse.every, site.pulse.count
                 third.watch(value)
-            if not compiling:
-                site.pulse.count = self.thirds[0].pulse.count
+            site.pulse.count = self.thirds[0].pulse.count
         if not site.mode:
             return values
-        for third in self.thirds:
-            if third.mode != site.mode:
-                third.mode = site.mode
         q, k, v = (third.join(value, x) for third, value, x in zip(self.thirds, values, inputs, strict=True))
         return q, k, v
-
-    def _watch_in_graph(self, call: Call) -> None:
-        """Case 2 in a compiled graph: an op with a clock of its own for each of q, k and v."""
-        weights = call.q_proj_weight, call.k_proj_weight, call.v_proj_weight
-        if not call.use_separate_proj_weight:
-            assert call.in_proj_weight is not None
-            weights = call.in_proj_weight.chunk(3)  # type: ignore[assignment]
-        sites = self.thirds or [self.by_name.get(name) for name in SEPARATE]
-        inputs = call.query, call.key, call.value
-        for site, x, weight, bias in zip(sites, inputs, weights, _thirds(call.in_proj_bias), strict=True):
-            if site is None or weight is None or not site.pulse.every or not x.is_floating_point():
-                continue
-            torch.ops.morphc.watch_projection(
-                x.detach(),
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                site.clock,
-                site.state.sums,
-                site.state.counts,
-                site.offset,
-                site.seeds,
-                site.telemetry_every,
-                site.near_zero,
-            )
 
     # -- attention ---------------------------------------------------------------------------------------
 
@@ -402,38 +377,3 @@ def _fused(
         mask = mask.unsqueeze(0) if shared else mask.view(batch, -1, mask.shape[1], k.shape[1])
     q, k, v = (x.view(batch, -1, x.shape[1], x.shape[2]) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-
-
-_library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "watch_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) clock, Tensor(b!) sums, "
-    "Tensor(c!) counts, int offset, int seeds, int every, float near_zero) -> ()"
-)
-
-
-def _watch_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    clock: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    offset: int,
-    seeds: int,
-    every: int,
-    near_zero: float,
-) -> None:
-    """The op `watch` of a linear layer's output, which is computed on sampled steps only."""
-    y = x.new_empty(0)
-    if int(clock.numpy()[0]) % every == 0:
-        # Under autocast a compiled graph hands over weights as they are stored.
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    _watch(y, clock, sums, counts, offset, seeds, -1, every, "", near_zero)
-
-
-def _nothing(*args: object) -> None:
-    """Fake implementation: the op returns nothing."""
-
-
-_library.impl("watch_projection", _watch_projection, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("morphc::watch_projection", _nothing, lib=_library)

@@ -117,6 +117,7 @@ class SlotBank(nn.Module):
         self.opt = Moments({name: self.get_parameter(name) for name in self.names})
         self._leaves: dict[str, Tensor] = {}
         self._bound: dict[str, nn.Parameter] = {}
+        self.keeps_grads = False
         self._bind({})
         self.register_load_state_dict_post_hook(_rebind)  # type: ignore[no-untyped-call]
 
@@ -158,7 +159,17 @@ class SlotBank(nn.Module):
     def zero_grads(self) -> None:
         """Forget all gradients of the bank."""
         for leaf in self._leaves.values():
-            leaf.grad = None
+            if self.keeps_grads and leaf.grad is not None:
+                leaf.grad.zero_()
+            else:
+                leaf.grad = None
+
+    def keep_grads(self) -> None:
+        """Let the gradient buffers stay where they are from now on."""
+        for leaf in self._leaves.values():
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        self.keeps_grads = True
 
     @torch.no_grad()
     def take(self, slot: int, seed: int, draw: int) -> None:
@@ -261,6 +272,7 @@ class SlotBank(nn.Module):
         self._bind(grads)
 
     def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
+        self.keeps_grads = False
         for name in self.names:
             param = self.get_parameter(name)
             if not isinstance(param, SlotParameter):  # moved, unpickled or assigned

@@ -10,6 +10,7 @@ from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from morphc.runtime.site import SeedSite, first_tensor
 
@@ -50,6 +51,8 @@ class SiteForward:
         return types.MethodType(type(self.layer).forward, self.layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return self._traced(args, kwargs)
         for target in self.feeds:
             if target.mode:
                 target.block_input = first_tensor(args, kwargs)
@@ -63,6 +66,20 @@ class SiteForward:
         if site.mode:
             return site.join(out, first_tensor(args, kwargs), self.fresh, measured)
         return out
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same where dynamo looks on, which would guard on every mode that is asked for."""
+        for target in self.feeds:
+            target.block_input = first_tensor(args, kwargs)
+        out = self.inner(*args, **kwargs)
+        site = self.site
+        if site is None:
+            return out
+        value, rebuild = (out, None) if self.output_index is None else _element(out, self.output_index)
+        if not isinstance(value, Tensor):
+            return out
+        value = site.traced(value, first_tensor(args, kwargs), self.layer.training)
+        return value if rebuild is None else rebuild(value)
 
     def _within(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The watched value is an element of `out`, whose container comes back with that element replaced."""

@@ -146,6 +146,13 @@ class Fitting:
             found.sums = {key: value.to(device) for key, value in found.sums.items()}
         return found
 
+    def skipped(self) -> bool:
+        """Count one training forward if it is none to measure; whether it was."""
+        if self.count % self.every == 0:
+            return False
+        self.count += 1
+        return True
+
     def due(self) -> bool:
         """Count one training forward; whether it is one to measure."""
         self.count += 1

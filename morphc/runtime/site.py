@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from morphc.errors import SeedError
 from morphc.lifecycle import ISOLATED, Mode
-from morphc.runtime import active, compact, engine, isolation
+from morphc.runtime import active, compact, engine, isolation, traced
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
+from morphc.runtime.cells import Cells
 from morphc.runtime.devicegauge import DeviceGauge
 from morphc.runtime.meta import refuses
-from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, due_in_graph
+from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, exporting
 
 if TYPE_CHECKING:
     from morphc.runtime.state import SeedState
@@ -108,7 +111,6 @@ class SeedSite(nn.Module):
         self.pulse = Pulse(telemetry_every)
         self.engine = engine.Engine()
         self.op_specs: dict[str, str] = {}
-        self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.block_input: Tensor | None = None
         self.fitting: isolation.Fitting | None = None
         # Not a child: the state belongs to the root, and must not be moved or saved once per site.
@@ -116,24 +118,35 @@ class SeedSite(nn.Module):
         # What a hidden root can't have as a child, so that one site, reached by every walk of the tree, takes it along.
         # One alone: what `to_empty` moves twice loses the values that it got when it left meta.
         self.__dict__["carried"] = None
+        # Sites that stand for parts of this one, and are in its mode.
+        self.__dict__["parts"] = ()
+        self.follow_plan()
 
     if TYPE_CHECKING:
         state: SeedState
+        anchor: Tensor
+        cell: Tensor
+        cells: Cells
 
     def forward(self, y: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """The site's value. Dormant: the very tensor that came in."""
+        if is_compiling():
+            return self.traced(y, layer_input, self.training)
         if self.training:
             self.watch(y)
         return self.join(y, layer_input) if self.mode else y
+
+    def traced(self, y: Tensor, layer_input: Tensor | None, training: bool) -> Tensor:
+        """The site's value in a graph that is being traced. One that is exported holds what the site does now."""
+        if exporting():
+            return self.join(y, layer_input) if self.mode else y
+        return traced.through(self, y, layer_input, training)
 
     def watch(self, y: Tensor) -> bool:
         """Count one training forward of the layer, and measure it when telemetry is due; whether it was."""
         pulse = self.pulse
         every = pulse.every
         if not every:
-            return False
-        if is_compiling():
-            due_in_graph(self, y)
             return False
         if _backward_task() != -1:
             return False  # a checkpoint computes its forward again, inside the backward
@@ -144,6 +157,45 @@ class SeedSite(nn.Module):
         if measured and self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
             y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
         return measured
+
+    def follow_plan(self, device: torch.device | None = None) -> None:
+        """Derive what traced graphs hold of the site, after its banks or their device have changed.
+
+        device: where the site is, if it has no bank to tell.
+        """
+        banks = [bank for _, bank in self.slots.items()]
+        self.taps = frozenset(bank.kind.tap for bank in banks)
+        plan = [self.path, self.features, self.seeds, self.feature_axis, self.offset, self.epilogue]
+        plan += [engine.spec_of_bank(self, bank).text() for bank in banks]
+        self.key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+        cells: Cells | None = self.__dict__.get("cells")
+        if banks:
+            device = banks[0].owner.device
+        elif device is None:
+            device = cells.device if cells is not None else self.state.lifecycle.device
+        if cells is None or cells.device != device:
+            self.__dict__["cells"] = Cells(self, device)
+        self.enter(self.mode)
+        for part in self.__dict__["parts"]:
+            part.follow_plan(device)
+
+    def enter(self, mode: Mode) -> None:
+        """Be in `mode`, in eager mode and in compiled graphs."""
+        self.mode = mode
+        self.__dict__.update(cell=self.cells.of[mode], anchor=self.cells.anchor)
+        for part in self.__dict__["parts"]:
+            part.enter(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # They stand for this very object.
+        return {name: value for name, value in self.__dict__.items() if name not in ("anchor", "cell", "cells")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # The state may still be on its way.
+        banks = [bank for _, bank in self.slots.items() if "_buffers" in bank.__dict__]
+        self.__dict__["cells"] = Cells(self, banks[0].owner.device if banks else torch.device("cpu"))
+        self.enter(self.mode)
 
     @property
     def backend(self) -> str:
@@ -255,10 +307,12 @@ class SeedSite(nn.Module):
         bank = next((bank for _, bank in self.slots.items() if bank.on_meta), None)
         if store is not None and bank is not None and refuses(fn, bank.owner):
             store.leave_meta()
+        probe = fn(torch.zeros(1, device=self.cells.device))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         carried: nn.Module | None = self.__dict__.get("carried")
         if carried is not None:
             carried._apply(fn)  # type: ignore[no-untyped-call]
+        self.follow_plan(probe.device)
         return self
 
     def __repr__(self) -> str:

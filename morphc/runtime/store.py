@@ -125,6 +125,7 @@ class SeedStore:
             first = first or device
             if device is not None:
                 leave(site.slots, device)
+                site.follow_plan(device)
         device = first or fallback
         if device is not None and self.state.on_meta:
             leave(self.state, device)
@@ -145,7 +146,12 @@ class SeedStore:
         """Command a mode; fused attention paths around the site follow."""
         if site.mode is mode:
             return
-        site.mode = mode
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise SeedError(
+                f"site {site.path!r} would go from {site.mode.name} to {mode.name} while a CUDA graph is being captured, "
+                "which would hold one of the two at random; give commands and ticks outside of the capture"
+            )
+        site.enter(mode)
         site.op_specs = engine.op_specs(site) if mode is not Mode.DORMANT else {}
         for owner in self.fast_paths.get(site.path, ()):
             inside = [other for other in self.sites.values() if owner in self.fast_paths.get(other.path, ())]
@@ -171,6 +177,7 @@ class SeedStore:
             for _, bank in site.slots.items():
                 before = bank.slots
                 bank.enlarge(wanted)
+            site.follow_plan()
             site.op_specs = engine.op_specs(site) if site.mode is not Mode.DORMANT else {}
             if len(site.slots.items()) == 0 or wanted <= before:
                 continue

@@ -47,17 +47,6 @@ LEAST_STAGED, MOST_STAGED = 16, 32
 OFTEN = 4
 """A site that measures less often than every so many forwards puts nothing aside, and needs no memory for it."""
 
-_library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "watch(Tensor y, Tensor(a!) clock, Tensor(b!) sums, Tensor(c!) counts, int offset, int seeds, "
-    "int axis, int every, str epilogue, float near_zero) -> ()"
-)
-_library.define(  # type: ignore[no-untyped-call]
-    "watch_gradient(Tensor y, Tensor grad, Tensor(a!) sums, Tensor(b!) counts, int offset, "
-    "int seeds, int axis) -> ()"
-)
-
-
 def measurable(y: Tensor, site: SeedSite) -> bool:
     """Plain floating values of the expected width, outside of tracing and of functorch's transforms."""
     if type(y) not in PLAIN or y.layout is not torch.strided or y.is_nested or y.is_meta:
@@ -278,53 +267,6 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def due_in_graph(site: SeedSite, y: Tensor) -> None:
-    """The compiled form: one opaque op that counts by itself, so that no Python counter is guarded on."""
-    if exporting() or not y.is_floating_point() or y.shape[site.feature_axis] != site.features:
-        return
-    if site.state.sums.device.type == "meta":
-        # Tensors were set one by one and told nobody. The seeds can't leave meta inside a graph: they do with the next
-        # command or `morphc.seeds(model)`, and the graph is guarded on where they are.
-        return
-    torch.ops.morphc.watch(
-        y.detach(),
-        site.clock,
-        site.state.sums,
-        site.state.counts,
-        site.offset,
-        site.seeds,
-        site.feature_axis,
-        site.telemetry_every,
-        site.epilogue or "",
-        site.near_zero,
-    )
-
-
-def _watch(
-    y: Tensor,
-    clock: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    offset: int,
-    seeds: int,
-    axis: int,
-    every: int,
-    epilogue: str,
-    near_zero: float,
-) -> None:
-    ticks = clock.numpy()  # on the CPU always: counting reads no device
-    count = int(ticks[0])
-    ticks[0] = count + 1
-    if count % every or y.numel() == 0:
-        return
-    place = Place(offset, seeds, axis, epilogue or None, near_zero)
-    if y.is_cpu and sums.is_cpu:
-        gauge = Gauge(sums, counts, place)
-        gauge.measure(gauge.prepare(y), 0)
-    else:
-        _add_any(as_rows(y, axis), sums, counts, place)
-
-
 def _add_gradient(
     y: Tensor, grad: Tensor, sums: Tensor, counts: Tensor, offset: int, seeds: int, axis: int
 ) -> None:
@@ -335,13 +277,3 @@ def _add_gradient(
     sums[GRAD_SQUARES, rows] += chunk_sums((g * g).sum(0), seeds)
     sums[SALIENCY, rows] += chunk_sums((x * g).abs_().sum(0), seeds)
     counts[GRAD_SAMPLES, rows] += 1
-
-
-def _nothing(*args: object) -> None:
-    """Fake implementation: the ops return nothing."""
-
-
-_library.impl("watch", _watch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("watch_gradient", _add_gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("morphc::watch", _nothing, lib=_library)
-torch.library.register_fake("morphc::watch_gradient", _nothing, lib=_library)
