@@ -63,3 +63,8 @@ def view_of(y: Tensor, axis: int) -> View | None:
     if step is None:
         return View("last", rows, features, 1)
     return View("last", rows, step, 1) if step >= features else None
+
+
+def walkable(tap: Tensor) -> Tensor:
+    """`tap` [rows, T], or a copy whose features lie side by side."""
+    return tap if tap.stride(1) == 1 or tap.shape[1] == 1 else tap.contiguous()

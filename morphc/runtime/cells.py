@@ -55,12 +55,16 @@ def site_of(cell: Tensor) -> tuple[SeedSite, Mode]:
     found = _by_address.get(cell.data_ptr())
     if found is None:
         if capturing(cell.device):
-            raise SeedError("a CUDA graph is being captured with a copy of a site's cell; give it the model itself")
+            raise SeedError(
+                "a CUDA graph is being captured with a copy of a site's cell; give it the model itself"
+            )
         number, mode = cell.tolist()  # a copy, which somebody made of the graph's inputs
         found = number, Mode(mode)
     site = _by_number.get(found[0])
     if site is None:
-        raise SeedError("this compiled graph belongs to a model that is gone; torch.compile the model at hand")
+        raise SeedError(
+            "this compiled graph belongs to a model that is gone; torch.compile the model at hand"
+        )
     return site, found[1]
 
 

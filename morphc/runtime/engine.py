@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from morphc.kernels import backend, gradient, tap_ops, training
+from morphc.kernels import backend, gradient, training
 from morphc.kernels.active import stash_shape
-from morphc.kernels.layout import View, view_of
-from morphc.kernels.ops import SiteSpec
+from morphc.kernels.layout import View, view_of, walkable
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
+from morphc.kernels.site_spec import SiteSpec
 from morphc.lifecycle import BLENDS, TRAINS
 from morphc.runtime import compact
 from morphc.runtime.active import jit_traced
@@ -293,7 +293,7 @@ def _rows(tap: Tensor, bank: SlotBank, y: Tensor) -> Tensor | None:
         return None
     if tap.device != y.device or not tap.is_floating_point() or tap.dim() == 0 or tap.shape[-1] != features:
         return None
-    return tap_ops.walkable(tap.to(y.dtype).reshape(-1, features))
+    return walkable(tap.to(y.dtype).reshape(-1, features))
 
 
 def join(
@@ -308,8 +308,7 @@ def join(
 ) -> Tensor | None:
     """`y` with the bank's seeds joined; None where torch has to do it. owned: `y` may be written in place."""
     if torch.compiler.is_compiling():
-        spec = site.op_specs.get(name)
-        return None if spec is None else _traced(site, bank, y, tap, spec, isolated_only)
+        return None  # an exported graph holds what torch has, and needs no morphc
     walk = view(site, y)
     kernels = site.engine.bank(site, name, bank, y, walk) if walk is not None else None
     if walk is None or kernels is None:
@@ -373,42 +372,6 @@ def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
         site.isolated_states,
         TRAINS,
     )
-
-
-def op_specs(site: SeedSite) -> dict[str, str]:
-    """What the ops of a traced graph take, by bank; nothing for banks that torch computes."""
-    found = {}
-    for name, bank in site.slots.items():
-        param = bank.get_parameter(bank.names[0])
-        if backend.unavailable(param.device) or site.backend == "torch":
-            continue
-        spec = spec_of_bank(site, bank)
-        if not spec.refusal(device=param.device):
-            found[name] = spec.text()
-    return found
-
-
-def _traced(
-    site: SeedSite, bank: SlotBank, y: Tensor, tap: Tensor | None, spec: str, isolated_only: bool
-) -> Tensor | None:
-    """The same as ops of a graph. The list is made in the graph, which so never meets an old one."""
-    if y.dtype not in backend.KERNEL_DTYPES:
-        return None
-    read = None if tap is None else _rows(tap, bank, y)
-    if tap is not None and (read is None or read.shape[0] * site.features != y.numel()):
-        return None
-    rows = slice(site.offset, site.offset + site.seeds)
-    lifecycle, alpha = site.state.lifecycle[rows], site.state.alpha[rows]
-    active = torch.ops.morphc.active_list(bank.owner, lifecycle, alpha, spec)
-    params = list(bank.leaves().values())
-    save = torch.is_grad_enabled()
-    joined: Tensor
-    if read is None:
-        joined = torch.ops.morphc.site_forward(y, active, params, spec, save, isolated_only)[0]
-    else:
-        read = read.detach() if isolated_only else read
-        joined = torch.ops.morphc.tap_forward(y, read, active, params, spec, save, isolated_only)[0]
-    return joined
 
 
 def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any]) -> bool:

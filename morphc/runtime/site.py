@@ -110,7 +110,6 @@ class SeedSite(nn.Module):
         self.slots = Banks(banks or {})
         self.pulse = Pulse(telemetry_every)
         self.engine = engine.Engine()
-        self.op_specs: dict[str, str] = {}
         self.block_input: Tensor | None = None
         self.fitting: isolation.Fitting | None = None
         # Not a child: the state belongs to the root, and must not be moved or saved once per site.
@@ -188,7 +187,9 @@ class SeedSite(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # They stand for this very object.
-        return {name: value for name, value in self.__dict__.items() if name not in ("anchor", "cell", "cells")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("anchor", "cell", "cells")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -148,11 +148,10 @@ class SeedStore:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise SeedError(
-                f"site {site.path!r} would go from {site.mode.name} to {mode.name} while a CUDA graph is being captured, "
-                "which would hold one of the two at random; give commands and ticks outside of the capture"
+                f"site {site.path!r} would go from {site.mode.name} to {mode.name} while a CUDA graph is being "
+                "captured, which holds one mode only; give commands and ticks before or after the capture"
             )
         site.enter(mode)
-        site.op_specs = engine.op_specs(site) if mode is not Mode.DORMANT else {}
         for owner in self.fast_paths.get(site.path, ()):
             inside = [other for other in self.sites.values() if owner in self.fast_paths.get(other.path, ())]
             fastpath.switch(owner, any(other.mode is not Mode.DORMANT for other in inside))
@@ -178,7 +177,6 @@ class SeedStore:
                 before = bank.slots
                 bank.enlarge(wanted)
             site.follow_plan()
-            site.op_specs = engine.op_specs(site) if site.mode is not Mode.DORMANT else {}
             if len(site.slots.items()) == 0 or wanted <= before:
                 continue
             # A seed's slot number counts through the site's banks, which all have the same number of slots.

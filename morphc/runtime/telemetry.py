@@ -47,6 +47,7 @@ LEAST_STAGED, MOST_STAGED = 16, 32
 OFTEN = 4
 """A site that measures less often than every so many forwards puts nothing aside, and needs no memory for it."""
 
+
 def measurable(y: Tensor, site: SeedSite) -> bool:
     """Plain floating values of the expected width, outside of tracing and of functorch's transforms."""
     if type(y) not in PLAIN or y.layout is not torch.strided or y.is_nested or y.is_meta:

@@ -1,15 +1,15 @@
 """A site in a compiled graph: one op, whatever the mode of the site.
 
-`morphc::site` is what stands in the graph that dynamo makes. AOTAutograd finds in it a copy of the value, `morphc::join`,
-which works on that copy in place, and in the backward the same of `morphc::join_backward`; the copies go where nobody else
-reads the value, which is the rule. The ops find the site by its cell (`morphc.runtime.cells`) and do what eager mode
-does: measure if it is due, join if the mode asks for it, else return at once. So a graph holds in every mode, and its
-text holds nothing of this process: besides tensors there is `SeedSite.key`, a hash of the site's plan.
+`morphc::site` is what stands in the graph that dynamo makes. AOTAutograd finds in it a copy of the value, and
+`morphc::join` that works on the copy in place; in the backward likewise `morphc::join_backward`. The copies vanish
+where nobody else reads the value, which is the rule. The ops find the site by its cell (`morphc.runtime.cells`) and do
+what eager mode does: measure if it is due, join if the mode asks for it, else return at once. So a graph holds in every
+mode, and nothing of this process is in it: besides tensors there is `SeedSite.key`, a hash of the site's plan.
 
-What the backward needs goes with it in `kept`, a tensor of one byte over a storage of any size, for a graph's shapes are
-fixed and a dormant site is to keep nothing. Case 1: one byte, nothing is to be done. Case 2: an even number of bytes, the
-value as it came; the join is done again and differentiated. Case 3: an odd number, what the forward kernel put aside for the
-backward kernel. Gradients of slots go to the bank's leaves, as in eager mode.
+What the backward needs goes with it in `kept`, a tensor of one byte over a storage of any size, for a graph's shapes
+are fixed and a dormant site is to keep nothing. Case 1: one byte, nothing is to be done. Case 2: an even number of
+bytes, the value as it came; the join is done again and differentiated. Case 3: an odd number, what the forward kernel
+put aside for the backward kernel. Gradients of slots go to the bank's leaves, as in eager mode.
 """
 
 from __future__ import annotations
@@ -83,7 +83,13 @@ class _Site(torch.autograd.Function):
 
 
 def _site(
-    y: Tensor, layer: Tensor | None, block: Tensor | None, anchor: Tensor, cell: Tensor, key: str, measure: bool
+    y: Tensor,
+    layer: Tensor | None,
+    block: Tensor | None,
+    anchor: Tensor,
+    cell: Tensor,
+    key: str,
+    measure: bool,
 ) -> Tensor:
     if torch.is_grad_enabled():
         joined: Tensor = _Site.apply(y, layer, block, anchor, cell, key, measure)  # type: ignore[no-untyped-call]
@@ -98,7 +104,7 @@ def _byte(like: Tensor) -> Tensor:
 
 
 def _first_byte(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.uint8).set_(storage, 0, (1,), (1,))  # type: ignore[call-overload]
+    return like.new_empty(0, dtype=torch.uint8).set_(storage, 0, (1,), (1,))
 
 
 def _join(
@@ -112,7 +118,9 @@ def _join(
             looks = measured and save and site.gradient_telemetry
             return _first_byte(y.clone().untyped_storage(), y) if looks else _byte(y)
         if site.mode is not mode:
-            raise SeedError(f"site {site.path!r} is {site.mode.name} and its graph got the cell of {mode.name}")
+            raise SeedError(
+                f"site {site.path!r} is {site.mode.name} and its graph got the cell of {mode.name}"
+            )
         if not save or not y.numel():
             with torch.no_grad():
                 _into(y, _eager(site, y, layer, block))
@@ -165,7 +173,7 @@ def _laid(
 ) -> Tensor:
     if strides is None:
         strides = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
-    laid: Tensor = like.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides))  # type: ignore[call-overload]
+    laid: Tensor = like.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides))
     return laid
 
 
@@ -212,7 +220,9 @@ def _kernels_backward(
     site: SeedSite, grad: Tensor, storage: torch.UntypedStorage, strides: list[int], mode: Mode
 ) -> None:
     ((name, bank),) = site.slots.items()
-    walk = view_of(torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device="meta"), site.feature_axis)
+    walk = view_of(
+        torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device="meta"), site.feature_axis
+    )
     assert walk is not None
     kernels = site.engine.bank(site, name, bank, grad, walk)
     assert isinstance(kernels, BankKernels)

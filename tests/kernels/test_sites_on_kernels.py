@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import morphc
 from morphc import Config, Lifecycle
 from morphc.errors import ConfigError
-from morphc.kernels import backend, ops
-from morphc.lifecycle import BLENDS, ISOLATED, TRAINS
+from morphc.kernels import backend
 from morphc.runtime.site import SeedSite
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -184,41 +183,21 @@ def test_the_same_model_in_a_traced_graph() -> None:
     expected = everything(compiled("triton"), example())
     model = compiled("triton")
     traced = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = example().requires_grad_()
-    out = traced(x)
-    out.square().mean().backward()
-    assert torch.equal(out.detach(), expected["out"])
-    for path, site in morphc.seeds(model).sites.items():
-        for name, grad in site.slots["bottleneck"].grads().items():
-            assert grad is not None
-            assert torch.equal(grad, expected[f"{path}/bottleneck/{name}"])
-
-
-@pytest.mark.parametrize("save", [True, False])
-def test_the_ops_pass_opcheck_and_vmap(save: bool) -> None:
-    model = compiled("triton")
-    site = morphc.seeds(model)["fc1"]
-    bank = site.slots["bottleneck"]
-    spec = ops.SiteSpec(
-        "bottleneck", "residual", bank.geometry, 23, 5, 4, -1, BLENDS, ISOLATED, TRAINS
-    ).text()
-    given = (bank.owner, site.lifecycle.clone(), site.alpha.clone(), spec)
-    torch.library.opcheck(torch.ops.morphc.active_list.default, given)
-    active = torch.ops.morphc.active_list(*given)
-    y = torch.randn(6, 23)
-    params = [param.detach().clone() for param in bank.leaves().values()]
-    if save:
-        y.requires_grad_()
-        params = [param.requires_grad_() for param in params]
-    torch.library.opcheck(torch.ops.morphc.site_forward.default, (y, active, params, spec, save, False))
-    if save:
-        return
-    many = torch.randn(2, 6, 23)
-
-    def forward(y: Tensor) -> Tensor:
-        return torch.ops.morphc.site_forward(y, active, params, spec, False, False)[0]
-
-    assert torch.equal(torch.vmap(forward)(many), torch.stack([forward(each) for each in many]))
+    # The first call finds nothing prepared and does the join again in the backward; the second keeps the stash.
+    for _ in range(2):
+        for site in morphc.seeds(model).sites.values():
+            site.slots["bottleneck"].zero_grads()
+        model.zero_grad()
+        x = example().requires_grad_()
+        out = traced(x)
+        out.square().mean().backward()
+        assert torch.equal(out.detach(), expected["out"])
+        assert x.grad is not None
+        assert torch.equal(x.grad, expected["input"])
+        for path, site in morphc.seeds(model).sites.items():
+            for name, grad in site.slots["bottleneck"].grads().items():
+                assert grad is not None
+                assert torch.equal(grad, expected[f"{path}/bottleneck/{name}"])
 
 
 def test_autocast_copies_and_pickles() -> None:
