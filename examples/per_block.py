@@ -1,8 +1,11 @@
 """A transformer whose blocks are compiled one by one, as large training programs do: `python examples/per_block.py`.
 
 Each block is a compiled model of its own, with its own optimizer and its own Grower, so a rollback in one block leaves
-the others alone. In the end every block is folded in its place. Some seconds on a CPU.
+the others alone. With `--torch-compile` each is given to torch.compile as well, which takes a minute. In the end every
+block is folded in its place. Some seconds on a CPU.
 """
+
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +88,8 @@ def main() -> None:
     growers: dict[str, morphc.Grower] = {}
     for name, block in model.layers.named_children():
         grown = morphc.compile(block, (torch.zeros(2, LENGTH, WIDTH),), config=config)
+        if "--torch-compile" in sys.argv:
+            grown.compile(fullgraph=True)
         setattr(model.layers, name, grown)
         controller = morphc.ScheduleController([(20 + 60 * int(name), Germinate("down", (0,), candidates=2))])
         optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-2)

@@ -133,6 +133,15 @@ def test_a_loss_outside_of_the_model_needs_the_trainer(tmp_path):
     assert call.grower.steps == 4
 
 
+def test_a_compiled_graph_needs_the_trainer_too_and_grows(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
+    trainer = trainer_of(tmp_path, grown(), eval_strategy="no", **options)
+    call = callback(trainer=trainer)
+    trainer.add_callback(call)
+    trainer.train()
+    assert call.grower.seeds[SITE].lifecycle[0] == Lifecycle.FOSSILIZED
+
+
 def test_a_model_that_can_not_grow_is_refused_at_once(tmp_path):
     with pytest.raises(
         NotMorphedError, match=r"the Trainer's model, a GPT2LMHeadModel, carries no seeds.*compile"

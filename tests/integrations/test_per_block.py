@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +56,11 @@ def train(model: Stack, growers: list[morphc.Grower], steps: int) -> None:
             grower.step(loss)
 
 
-def test_every_block_learns_and_is_folded_in_its_place():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_block_learns_and_is_folded_in_its_place(compiled):
     model, growers = made()
+    for block in model.layers if compiled else ():
+        block.compile(fullgraph=True, backend="aot_eager")
     for grower in growers:
         grower.seeds["down"].assign([0], Lifecycle.FINE_TUNING)
     train(model, growers, 5)
