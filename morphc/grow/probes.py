@@ -91,8 +91,6 @@ class Probes:
     def arm(self) -> None:
         """Look at the coming forwards."""
         self.disarm()
-        self._reads.clear()
-        self._gradients.clear()
         for path, site in self.store.sites.items():
             layers = layers_of(self.store, site)
             if isinstance(layers, Layers):
@@ -101,10 +99,12 @@ class Probes:
                 self._handles += [reads, wrote]
 
     def disarm(self) -> None:
-        """Look no more; what was seen stays until the next `arm`."""
+        """Look no more, and hold no batch any longer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._reads.clear()
+        self._gradients.clear()
 
     def _read(self, path: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and _training(layer):

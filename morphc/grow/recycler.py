@@ -174,6 +174,11 @@ class RecycleController:
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called by the Grower that it is given to: anchors are taken, and activations watched if they are needed."""
         store = store_of(model)
+        if self.by != "activation" and not store.config.telemetry_every:
+            raise ConfigError(
+                f"RecycleController(by={self.by!r}) goes by telemetry, which telemetry_every=0 turns off; compile "
+                "the model with Config(telemetry_every=1) or more"
+            )
         if self.by == "gradient" and not store.config.gradient_telemetry:
             raise ConfigError(
                 'RecycleController(by="gradient") measures nothing in this model; compile it with '

@@ -90,6 +90,9 @@ def test_gradients_that_are_not_measured_are_asked_for():
     _, model = grown(**UNITS)
     with pytest.raises(ConfigError, match="gradient_telemetry=True"):
         run(model, morphc.RecycleController(by="gradient"), 1)
+    _, model = grown(telemetry_every=0, **UNITS)
+    with pytest.raises(ConfigError, match="telemetry_every=0"):
+        run(model, morphc.RecycleController(by="dead"), 1)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -112,6 +112,27 @@ def test_the_seed_is_not_tried_again_before_its_embargo_ends():
     assert tried >= 5 * 4
 
 
+def test_a_controller_does_not_try_the_seed_again_before_its_embargo_ends():
+    _, model = grown(
+        minimum_ticks=(10, 3, 1, 2, 3), seeds_per_layer=1, slots=1, embargo_ticks=12, blueprint="widen"
+    )
+    torch.manual_seed(11)
+    run = Run(model, morphc.PlateauController(patience=1, threshold=0.99, blueprint="widen"))
+    start = train_until(run, L.GRAFTING)
+    site = morphc.seeds(model)["2"]
+    number = start
+    while not run.step(number, float("nan")).rolled_back:
+        number += 1
+    assert all(site.reset([0]))
+    back = run.grower.ticks
+    for step in range(start, start + 80):
+        run.step(step)
+        if site.lifecycle[0] != L.DORMANT:
+            break
+    assert run.grower.ticks - back >= 12
+    assert site.lifecycle.tolist() == [L.GERMINATED]
+
+
 def test_other_seeds_keep_their_place_and_learning():
     _, run, start = begin()
     seeds = morphc.seeds(run.model)
@@ -130,10 +151,20 @@ def test_a_worse_metric_rolls_back_at_the_epoch():
     assert "worse by 0.5" in event.rolled_back
     assert "must be at most 0.2" in event.rolled_back
     assert event.rewound_to == start
+    for step in range(start, start + 40):
+        run.step(step)
+    _, untouched = grown()
+    torch.manual_seed(11)
+    never = Run(untouched)
+    never.grower.epoch(1.0)
+    for step in range(start + 40):
+        never.step(step)
+    assert same(run.model, never.model)
 
 
 def begin_with_metric(metric):
     _, model = grown()
+    torch.manual_seed(11)
     run = Run(model)
     run.grower.epoch(metric)
     morphc.seeds(model)["2"].germinate([0], blueprint="widen")
