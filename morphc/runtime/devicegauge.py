@@ -12,6 +12,7 @@ from torch import Tensor
 from morphc.kernels import telemetry
 from morphc.kernels.layout import View, Walk, view_of
 from morphc.kernels.telemetry import Telemetry
+from morphc.runtime.lasting import lasting
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
@@ -78,7 +79,8 @@ class DeviceGauge:
             return None
         self.settle()
         if kernels is not self.kernels or self.cells is None:
-            self.kernels, self.cells = kernels, kernels.new_cells(view)
+            self.kernels = kernels
+            self.cells = lasting(lambda: kernels.new_cells(view), y.device)
             self.window = -1
         self.view = view
         self.given = (y.shape, y.dtype, y.device, y.stride())

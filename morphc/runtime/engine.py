@@ -19,6 +19,7 @@ from morphc.lifecycle import BLENDS, TRAINS
 from morphc.runtime import compact
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
+from morphc.runtime.lasting import lasting
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
@@ -43,13 +44,15 @@ class Listed:
 class Engine:
     """What one site keeps between calls. Nothing in it is copied, pickled or saved: it is made again when needed."""
 
-    __slots__ = ("groups", "kernels", "lists", "ready")
+    __slots__ = ("groups", "kernels", "lists", "ready", "warm")
 
     def __init__(self) -> None:
         self.ready: dict[torch.Size, Ready] = {}
         self.kernels: dict[tuple[object, ...], BankKernels | TapBankKernels | None] = {}
         self.lists: dict[tuple[str, torch.device], Listed] = {}
         self.groups: dict[str, compact.Groups] = {}
+        # Modes and activations that a compiled graph has run with.
+        self.warm: set[tuple[object, ...]] = set()
 
     def __reduce__(self) -> tuple[type[Engine], tuple[()]]:
         return Engine, ()
@@ -90,7 +93,7 @@ class Engine:
         sources = (bank.owner, state["lifecycle"], state["alpha"])
         found = self.lists.get((name, device))
         if found is None or found.active.shape != kernels.list_shape:
-            found = self.lists[name, device] = Listed(kernels.new_list())
+            found = self.lists[name, device] = Listed(lasting(kernels.new_list, device))
         versions = tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
         known = found.versions == versions and all(
             one is other for one, other in zip(found.made_from, sources, strict=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from morphc.kernels.reference.train import reconstruct
 from morphc.lifecycle import TABLE, Lifecycle
 from morphc.runtime import active, reconstructing
+from morphc.runtime.lasting import lasting
 
 if TYPE_CHECKING:
     from morphc.runtime.active import Slots
@@ -138,7 +139,7 @@ class Fitting:
         device = bank.owner.device
         found = self.fits.get(name)
         if found is None or found.sums["gs"].shape[0] != bank.slots:
-            fresh = Fit(bank, device)
+            fresh = lasting(lambda: Fit(bank, device), device)
             for key, value in found.sums.items() if found is not None else ():
                 fresh.sums[key][: value.shape[0]] = value
             found = self.fits[name] = fresh

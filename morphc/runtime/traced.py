@@ -121,6 +121,7 @@ def _join(
             raise SeedError(
                 f"site {site.path!r} is {site.mode.name} and its graph got the cell of {mode.name}"
             )
+        _warm_up(site, mode, y, layer, block)
         if not save or not y.numel():
             with torch.no_grad():
                 _into(y, _eager(site, y, layer, block))
@@ -143,6 +144,35 @@ def _eager(site: SeedSite, y: Tensor, layer: Tensor | None, block: Tensor | None
 def _into(y: Tensor, joined: Tensor) -> None:
     if joined is not y:
         y.copy_(joined)
+
+
+def _warm_up(site: SeedSite, mode: Mode, y: Tensor, layer: Tensor | None, block: Tensor | None) -> None:
+    """Have what a mode launches loaded before it is captured: torch warms a graph up once, in the mode of that time."""
+    key = (mode, y.shape, y.dtype)
+    if key in site.engine.warm:
+        return
+    if capturing(y.device):
+        shapes = [None if t is None else (t.shape, t.stride(), t.dtype) for t in (y, layer, block)]
+
+        def run() -> None:
+            value, grad, *taps = (
+                None if t is None else torch.empty_strided(t[0], t[1], dtype=t[2], device=y.device).zero_()
+                for t in (shapes[0], *shapes)
+            )
+            assert value is not None
+            assert grad is not None
+            fitting, site.fitting = site.fitting, None  # it is to see no step that isn't one
+            try:
+                for _ in range(2):  # what the first makes ready, the second takes
+                    stash = _on_kernels(site, value, mode)
+                    if stash is not None:
+                        _kernels_backward(site, grad, stash.untyped_storage(), list(y.stride()), mode)
+                    _again(site, grad, value, taps[0], taps[1], mode, False, False)
+            finally:
+                site.fitting = fitting
+
+        lasting(run, y.device)
+    site.engine.warm.add(key)
 
 
 def _keep_grads(site: SeedSite) -> None:
