@@ -25,10 +25,12 @@ METHODS = {
     "plain, 20 units": Method(20),
     "continual backprop, 5 units": Method(5, "utility"),
     "ReDo, 5 units": Method(5, "activation", tau=0.05, every=500),
+    "ReDo, 18 units": Method(18, "activation", tau=0.1, every=1000),
     "ReDo, 20 units": Method(20, "activation", tau=0.1, every=1000),
     "recycling, 5 units, plain torch": Method(5, "gradient"),
     "recycling + growth 5 to 15, plain torch": Method(5, "gradient", grow_to=15, grow_every=50_000),
     "recycling + growth 5 to 18, plain torch": Method(5, "gradient", grow_to=18, grow_every=40_000),
+    "recycling, 18 units, plain torch": Method(18, "gradient"),
     "recycling, 20 units, plain torch": Method(20, "gradient"),
 }
 OURS = {
