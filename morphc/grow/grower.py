@@ -157,7 +157,7 @@ class Grower:
         due = self.steps % self.tick_every == 0
         if due:
             self.ratios.take()
-        self.store.step_optimizer(lr=self.rates.lr(due), scale=self.rates.scale)
+        self.store.step_optimizer(lr=self.rates.lr(due), scale=self.rates.scale_of_step)
         after = getattr(self.controller, "after_step", None)
         if after is not None:
             after(self.model, self.optimizer)

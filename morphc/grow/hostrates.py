@@ -28,6 +28,11 @@ class HostRates:
         """What this step's loss was multiplied with, on the scaler's device; None without a scaler."""
         return self.noted.value
 
+    @property
+    def scale_of_step(self) -> Tensor | None:
+        """`scale`, or NaN where the scaler has the host's optimizer skip this step."""
+        return self.noted.of_step(self.optimizer)
+
     def lr(self, due: bool) -> float:
         """The first group's learning rate times `Config.seed_lr`; one on a device is read where a tick is `due`."""
         lr = self.optimizer.param_groups[0]["lr"]

@@ -28,5 +28,21 @@ class Scale:
         else:
             self.value = torch.tensor(self.scaler.get_scale())
 
+    def of_step(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """`value`, or NaN where the scaler has the optimizer skip this step: divided by it no gradient is finite, so no
+        slot moves either. Nothing waits for the device.
+
+        Before `scaler.update()` it is known what the optimizer's gradients held, afterwards that the scale has shrunk.
+        """
+        value = self.value
+        if value is None or not isinstance(self.scaler._scale, Tensor):
+            return value
+        skipped = self.scaler._scale < value
+        states = self.scaler._per_optimizer_states
+        if id(optimizer) in states:
+            for found in states[id(optimizer)]["found_inf_per_device"].values():
+                skipped = skipped | (found.to(value.device, non_blocking=True) > 0)
+        return torch.where(skipped, torch.nan, value)
+
     def __reduce__(self) -> tuple[type[Scale], tuple[()]]:
         return Scale, ()

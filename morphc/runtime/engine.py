@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from morphc.kernels import backend, gradient, training
 from morphc.kernels.active import stash_shape
 from morphc.kernels.layout import View, view_of, walkable
+from morphc.kernels.reference.active_list import FLAGS, HEADER, SLOT
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
 from morphc.kernels.site_spec import SiteSpec
 from morphc.lifecycle import BLENDS, TRAINS
@@ -377,8 +378,11 @@ def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
     )
 
 
-def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any]) -> bool:
-    """One AdamW step of the bank's slots that train, on kernels; False where torch has to do it."""
+def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any], finite: Tensor) -> bool:
+    """One AdamW step of the bank's slots that train, on kernels; False where torch has to do it.
+
+    finite [K]: the slots whose gradient is finite; the others are left as they are.
+    """
     param = bank.get_parameter(bank.names[0])
     if param.dtype != torch.float32 or backend.chosen(site.backend, param.device) != "triton":
         return False
@@ -390,7 +394,9 @@ def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any]) -> 
     if all(grad is None for grad in grads.values()):
         return True
     found = [torch.zeros_like(param) if grad is None else grad.contiguous() for grad in grads.values()]
-    active = site.engine.listed(site, name, bank, kernels, param.device)
+    active = site.engine.listed(site, name, bank, kernels, param.device).clone()
+    slots, flags = (active[HEADER + place * bank.slots :][: bank.slots] for place in (SLOT, FLAGS))
+    flags.mul_(finite.to(flags.device)[slots])
     kernels.step(active, training.bank_of(bank, bank.names), found, training.Rates(**options))
     bank.zero_grads()
     return True

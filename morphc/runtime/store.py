@@ -204,7 +204,7 @@ class SeedStore:
                     if by_torch and compact.step(site, name, bank, **options):
                         continue
                     finite = bank.clean_grads(scale, isolation.unscaled(site, bank))
-                    if not engine.step(site, name, bank, options):
+                    if not engine.step(site, name, bank, options, finite):
                         bank.step(site.train_rows(bank) & finite, **options)
 
     def reset_telemetry(self) -> None:

@@ -185,3 +185,40 @@ def test_seeds_train_inside_one_graph_of_torch_compile():
     grads = seeds["2"].slots["bottleneck"].grads()
     assert grads["out_weight"] is not None
     assert grads["out_weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("blueprint", ["bottleneck", "lowrank"])
+def test_a_slot_whose_gradient_is_not_finite_sits_the_step_out_beside_one_that_moves(blueprint):
+    ends = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        x = torch.randn(16, 6, device=DEVICE)
+        config = Config(seeds_per_layer=2, slots=3, rank=2, blueprint=blueprint, backend=backend)
+        model = morphc.compile(copy.deepcopy(HOST).to(DEVICE), (x,), config=config, verify=False)
+        seeds = morphc.seeds(model)
+        seeds["2"].assign([1, 0], L.FINE_TUNING)
+        bank = seeds["2"].slots[blueprint]
+        hurt = bank.owner.tolist().index(1)
+        for step in range(4):
+            model(x).square().mean().backward()
+            before = [param.detach().clone() for param in bank.parameters()]
+            if step == 2:
+                next(grad for grad in bank.grads().values() if grad is not None)[hurt].view(-1)[0] = float(
+                    "nan"
+                )
+            seeds.step_optimizer(lr=0.01)
+            moved = [
+                any(
+                    not torch.equal(now[slot], then[slot])
+                    for now, then in zip(bank.parameters(), before, strict=True)
+                )
+                for slot in range(3)
+            ]
+            held = [
+                owner >= 0 and not (step == 2 and slot == hurt)
+                for slot, owner in enumerate(bank.owner.tolist())
+            ]
+            assert moved == held, (backend, step)
+        ends.append([param.detach() for param in bank.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
