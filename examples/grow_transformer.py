@@ -1,8 +1,8 @@
 """A small character transformer that grows while it learns to write numbers as words: watch every seed.
 
 Run it with `python examples/grow_transformer.py [plot.png]`: about 20 seconds on a CPU. `--steps 4000` is a longer
-run, `--quick` a short one. The text is made here: "412 four hundred and twelve." The same host without seeds trains on the same
-batches beside it.
+run, `--quick` a short one. The text is made here: "412 four hundred and twelve." The same host without seeds trains
+on the same batches beside it.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def plot(path: Path, losses: dict[str, list[tuple[int, float]]], moments: list[t
     )
     for name, curve in losses.items():
         top.plot(*zip(*curve, strict=True), label=name, lw=2 if name == "grown" else 1.2)
-    top.set(yscale="log", ylabel="held-out loss, nats a character")
+    top.set(ylabel="held-out loss, nats a character")
     top.legend(frameon=False)
     colors = {"TRAINING": "0.6", "GRAFTING": "tab:blue", "FINE_TUNING": "tab:cyan", "FOSSILIZED": "tab:green"}
     colors |= {"CULLED": "tab:red", "ROLLED_BACK": "tab:red"}

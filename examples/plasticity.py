@@ -100,7 +100,7 @@ def plot(path: Path, accuracy: dict[str, list[float]], renewed: list[int]) -> bo
         top.plot(places, values, marker="o", ms=3, label=name, lw=2 if name == "recycled" else 1.2)
     top.axhline(1 / CLASSES, color="gray", lw=0.8, ls=":")
     top.set(ylabel="accuracy at the task's end", ylim=(0, 1.02))
-    top.legend(frameon=False, loc="lower left")
+    top.legend(frameon=False, loc="center left")
     bottom.bar(places, renewed, color="tab:orange")
     bottom.set(xlabel="task (new random labels)", ylabel="units recycled")
     figure.savefig(path, dpi=110)
