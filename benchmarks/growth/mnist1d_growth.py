@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks.growth.batched import Networks, cross_entropy_delta, draw_network, draw_rows
 from benchmarks.growth.common import Results, options, single_thread, timed
-from benchmarks.growth.widening import PASSES, Rounds, grow
+from benchmarks.growth.widening import PASSES, SEARCH, Rounds, grow
 
 INPUTS, CLASSES, WIDEST = 40, 10, 90
 STEPS, BATCH, LR = 6000, 100, 1e-2
@@ -217,7 +217,10 @@ def train_one(how: Rounds, seed: int) -> tuple[Tensor, float, tuple[int, int]]:
             some = torch.randperm(len(x), generator=draw)[: how.rows]
             first, second = host[0].out_features, host[2].out_features
             seeds = 3 * how.units * how.candidates * (INPUTS + second + first + CLASSES)
-            cost += PASSES * how.rows * (macs(first, second) + seeds)
+            cost += (
+                PASSES * how.rows * (macs(first, second) + seeds)
+                + SEARCH * how.rows * macs(first, second) // 3
+            )
             host, optimizer = grow(host, optimizer, x[some], labels[some], how, draw)
         if (step + 1) % 100 == 0:
             with torch.no_grad():
@@ -226,7 +229,7 @@ def train_one(how: Rounds, seed: int) -> tuple[Tensor, float, tuple[int, int]]:
 
 
 def main() -> None:
-    arguments = options(__doc__, seeds=5).parse_args()
+    arguments = options(__doc__, seeds=10, first_seed=100).parse_args()
     single_thread()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     results = Results("mnist1d_growth", arguments, steps=STEPS, batch=BATCH, lr=LR)

@@ -170,8 +170,8 @@ def ours(data: Problem, row: int, lr: float) -> tuple[float, list[float], float]
     """One student that grows through morphc: (final loss, curve every 50 steps, MACs per input row).
 
     For the last 50 steps before an event one `widen` seed trains 12 candidates beside the student; the best is
-    grafted with its out-weights refitted, and folded into wider layers. The setting has no biases, so the
-    candidates' are kept at zero. What those steps cost is counted by torch, with all that is measured of the seeds.
+    grafted with its out-weights refitted, and folded into wider layers. What those steps cost is counted by torch,
+    with all that is measured of the seeds.
     """
     x, y = data.x[row], data.y[row]
     start = Students(Problem(data.x[row : row + 1], data.y[row : row + 1], data.seeds[row : row + 1]), START)
@@ -182,8 +182,8 @@ def ours(data: Problem, row: int, lr: float) -> tuple[float, list[float], float]
     optimizer = torch.optim.SGD(host.parameters(), lr=lr)
     model: nn.Module = host
     for step in range(STEPS):
-        if step in EVENTS:
-            host = graft(model)
+        if grower is not None and step in EVENTS:
+            host = graft(grower)
             model, grower = host, None
             optimizer = torch.optim.SGD(host.parameters(), lr=lr)
         if step + ISOLATED in EVENTS:
@@ -197,7 +197,6 @@ def ours(data: Problem, row: int, lr: float) -> tuple[float, list[float], float]
             optimizer.step()
             if grower is not None:
                 grower.step(loss)
-                morphc.seeds(model)["2"].slots["widen"].in_bias.data.zero_()
         if counter is not None:
             isolated = counter.get_total_flops() / (2 * ROWS)
         macs += isolated if grower is not None else step_macs(host[0].out_features)
@@ -217,8 +216,6 @@ def germinate(
         seed_lr=SEED_LR / lr,
         telemetry_every=0,
         isolation_every=1,
-        minimum_ticks=(ISOLATED // 10, 10, 10, 10, 10),
-        min_isolated_improvement=0.0,
     )
     model = morphc.compile(host, x[:2], config=config, verify=False)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=lr)
@@ -231,13 +228,12 @@ def germinate(
     return model, optimizer, grower
 
 
-def graft(model: nn.Module) -> nn.Sequential:
-    """The wider host: the tick has chosen and refitted a candidate, which is kept as it is."""
-    site = morphc.seeds(model)["2"]
-    if int(site.lifecycle[0]) != morphc.Lifecycle.GRAFTING:
-        raise RuntimeError(f"the seed is not grafted: {site.history(0)}")
-    site.assign([0], morphc.Lifecycle.FOSSILIZED)
-    folded = morphc.fold(model)
+def graft(grower: morphc.Grower) -> nn.Sequential:
+    """The wider host: the best candidate, at the size that least squares gives its out-weights."""
+    (told,) = grower.advance("2", [0], morphc.Lifecycle.FOSSILIZED, gates=False)
+    if not told:
+        raise RuntimeError(str(told))
+    folded = morphc.fold(grower.model)
     assert isinstance(folded, nn.Sequential)
     return folded
 

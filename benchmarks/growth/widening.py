@@ -3,7 +3,7 @@
 At an event the host waits while rounds follow each other. In a round the network is compiled with one seed behind
 layer 2 (it would widen layer 1) and one behind layer 3 (it would widen layer 2), each with many candidates. Two
 passes over some training rows, without a step of the host, measure how much of the squared gradient at its site each
-seed takes away. The better one is grafted and folded into wider layers; the other is cancelled.
+seed takes away. The better one is grafted, at the size of least loss on those rows, and folded into wider layers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import morphc
 
 SITES = ("2", "4")
 PASSES = 2
+SEARCH = 8
+"""At most so many forwards look for the size of a graft."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Rounds:
     """events: steps after which `rounds` rounds add `units` units each.
 
     rows: training rows of a pass. place: the seed of more gain (`signal`), any (`random`) or the one that widens
-    layer 1 (`first`). alpha: of the graft; it scales the refitted out-weights.
+    layer 1 (`first`).
     """
 
     events: tuple[int, ...]
@@ -35,7 +37,6 @@ class Rounds:
     units: int = 4
     rows: int = 1000
     candidates: int = 16
-    alpha: float = 0.1
     seed_lr: float = 3.0
 
 
@@ -54,16 +55,13 @@ def grow(
         rank=how.units,
         slots=how.candidates,
         seed_lr=how.seed_lr,
-        telemetry_every=1,
-        gradient_telemetry=True,
+        telemetry_every=0,
         isolation_every=1,
-        minimum_ticks=(1, 1, 1, 1, 1),
-        min_isolated_improvement=-1.0,
     )
     model = morphc.compile(host, x[:2], config=config, verify=False)
     seeds = morphc.seeds(model)
     idle = morphc.CallbackController(lambda seen: ())
-    grower = morphc.Grower(model, optimizer, idle, evaluate=lambda model: 0.0, tick_every=1000)
+    grower = morphc.Grower(model, optimizer, idle, evaluate=lambda model: 0.0, tick_every=PASSES)
     for site in SITES:
         (told,) = seeds[site].germinate([0], candidates=how.candidates)
         if not told:
@@ -73,20 +71,20 @@ def grow(
         loss = functional.cross_entropy(model(x), labels)
         optimizer.zero_grad()
         loss.backward()
-        grower.step(loss)  # the seeds learn, the host doesn't
+        grower.step(
+            loss, lambda: functional.cross_entropy(model(x), labels)
+        )  # the seeds learn, the host doesn't
     optimizer.zero_grad()
-    learned, norms = grower.learning(), seeds.telemetry()["gradient_norm"]
+    learned = grower.learning()
 
     def gain(site: str) -> float:
-        return learned[site, 0]["isolated_improvement"] * float(norms[seeds[site].rows][0]) ** 2
+        return learned[site, 0]["explained"] * learned[site, 0]["chunk_gradient"]
 
     choices = {"signal": max(SITES, key=gain), "random": SITES[int(torch.randint(2, (1,), generator=draw))]}
     winner = choices.get(how.place, SITES[0])
-    seeds["2" if winner == "4" else "4"].cancel([0])
-    grower.tick()
-    if int(seeds[winner].lifecycle[0]) != morphc.Lifecycle.GRAFTING:
-        raise RuntimeError(f"{winner!r} was not grafted: {seeds[winner].history(0)}")
-    seeds[winner].assign([0], morphc.Lifecycle.FOSSILIZED, alpha=how.alpha)
+    (told,) = grower.advance(winner, [0], morphc.Lifecycle.FOSSILIZED, gates=False)
+    if not told:
+        raise RuntimeError(str(told))
     wider = morphc.fold(model)
     assert isinstance(wider, nn.Sequential)
     return wider, carried(optimizer, host, wider)
