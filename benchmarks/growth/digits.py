@@ -36,7 +36,6 @@ def run(
             seconds,
             curve=accuracy.mean(1),
             recycled=outcome.recycled,
-            resets=outcome.resets,
         )
 
     wanted = {method: how for method, how in methods.items() if results.wanted(method)}

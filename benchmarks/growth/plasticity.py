@@ -151,7 +151,6 @@ class Outcome(NamedTuple):
     end: Tensor
     online: Tensor
     recycled: Tensor
-    resets: Tensor
 
 
 def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -> dict[str, Outcome]:
@@ -180,7 +179,7 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
     spikes = Spikes(width)
     scores, ages = torch.zeros(2, width, 64), torch.zeros(2, width, 64)
     end, online = torch.zeros(stream.tasks, width), torch.zeros(stream.tasks, width)
-    recycled, resets = torch.zeros(width), torch.zeros(width)
+    recycled = torch.zeros(width)
     recycles = bool((tau >= 0).any() | (pace > 0).any())
     for step, batch in enumerate(stream.batches(seeds), start=1):
         if batch.first and batch.task:
@@ -198,7 +197,6 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
             jumped = spikes(loss.view(width, -1).mean(1)) & resets_on
             if jumped.any():
                 networks.reset_moments(jumped)
-                resets += jumped
         delta = cross_entropy_delta(logits, labels)
         deltas = networks.backward(values, delta)
         networks.gradient.addcmul_(networks.flat - networks.anchor, l2)
@@ -234,6 +232,6 @@ def train(methods: Mapping[str, Method], stream: Stream, seeds: Sequence[int]) -
             end[batch.task] = (networks.forward(x)[-1].argmax(-1) == targets).float().mean(1)
     online /= stream.steps // stream.tasks
     return {
-        name: Outcome(end[:, group], online[:, group], recycled[group], resets[group])
+        name: Outcome(end[:, group], online[:, group], recycled[group])
         for name, group in zip(methods, groups, strict=True)
     }

@@ -57,22 +57,26 @@ RECYCLED, GROWN = "morphc: recycling, 5 units", "morphc: recycling + growth 5 to
 
 
 def slow_regression(methods: Methods) -> list[str]:
-    redo = "ReDo, 5 units"
-    return [
+    redo, torch_grown = "ReDo, 5 units", "recycling + growth 5 to 18, plain torch"
+    grown = GROWN if GROWN in methods else torch_grown
+    wide = next(
+        (m for m in ("morphc: recycling, 20 units", "recycling, 20 units, plain torch") if m in methods), ""
+    )
+    lines = [
         goal("recycling 5 units at least as good as ReDo", mean(methods, RECYCLED) <= mean(methods, redo)),
-        goal("recycling and growth from 5 units better than 0.550", mean(methods, GROWN) < 0.55),
+        goal(f"{grown}, better than 0.550", mean(methods, grown) < 0.55),
         beats(methods, RECYCLED, redo, False),
         beats(methods, RECYCLED, "continual backprop, 5 units", False),
         beats(methods, RECYCLED, "recycling, 5 units, plain torch", False),
-        beats(methods, GROWN, redo, False),
-        beats(methods, GROWN, "ReDo, 18 units", False),
-        beats(methods, GROWN, "ReDo, 20 units", False),
-        beats(methods, GROWN, "recycling, 18 units, plain torch", False),
-        beats(methods, GROWN, "recycling + growth 5 to 18, plain torch", False),
-        beats(methods, "morphc: recycling, 20 units", "ReDo, 20 units", False),
-        "The grown learner has 18 units at the end, "
-        f"{methods.get(GROWN, {}).get('units', float('nan')):.1f} on average; more units are most of what helps here.",
+        beats(methods, grown, redo, False),
+        beats(methods, grown, "ReDo, 18 units", False),
+        beats(methods, grown, "ReDo, 20 units", False),
+        beats(methods, grown, "recycling, 18 units, plain torch", False),
+        beats(methods, wide, "ReDo, 20 units", False),
+        f"The grown learner has 18 units at the end, {methods[grown]['units']:.1f} on average; more units are most of "
+        "what helps here.",
     ]
+    return [*lines, beats(methods, grown, torch_grown, False)] if grown != torch_grown else lines
 
 
 RESET = "morphc: recycling of the best of 256 + reset"
@@ -196,7 +200,8 @@ EXPERIMENTS = (
             "512 digits get new random labels 60 times, 20 epochs each (64-64-64-10, Adam 3e-3, batches of 32). "
             "Reported is the training accuracy at the end of a task, over the last 12 tasks. Ours recycles every 50 "
             "steps the units whose gradient is at most tau of their layer's mean, with L2-init 6e-4 whose anchor "
-            "follows; through morphc that is `RecycleController`, with ticks of 25 steps. `best of 256`: incoming "
+            "follows; through morphc that is `RecycleController`, with ticks of 25 steps (10 were worse on "
+            "seed 100). `best of 256`: incoming "
             "weights are the best of 256 draws by what they would take of the batch's loss; `reset`: Adam starts anew "
             "when the loss jumps. The settings of baselines and ours were chosen from small grids on seeds 100 to 102 "
             "(L2-init with resets also on 0 to 2; an earlier version of ours, with 0.489 here, also on the others). "
