@@ -123,6 +123,24 @@ def test_twelve_sites_switched_in_turn_compile_once(blueprint: str) -> None:
         torch.testing.assert_close(measured[key], value, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def test_blocks_compiled_one_by_one_are_compiled_once_each() -> None:
+    model = morphed(10)
+    eager = copy.deepcopy(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for block in model:
+        block.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=10):
+        assert_same(step(model, model, rows()), step(eager, eager, rows()))
+        assert counter.frame_count == 10
+        # All blocks have the same text, so that the caches of the compiler compile it once.
+        assert len({site.site.key for path, site in morphc.seeds(model).sites.items() if "fc1" in path}) == 1
+        for number, path in enumerate(("0.fc1", "3.fc2", "9.fc1")):
+            for each in (model, eager):
+                put(each, path, SWITCHED[number])
+        assert_same(step(model, model, rows()), step(eager, eager, rows()))
+        assert counter.frame_count == 10
+
+
 def test_a_dormant_graph_is_the_hosts_own_bit_for_bit() -> None:
     model = morphed(2)
     host = morphc.detach(model)
@@ -230,6 +248,33 @@ def test_rows_may_vary_in_one_graph() -> None:
     for many in (3, 5, 8):
         x = torch.randn(many, 5, 16)
         assert_same(step(model, fast, x), step(eager, eager, x))
+
+
+def test_a_transform_traced_into_a_graph_is_refused() -> None:
+    """torch refuses it, since an autograd function has no rule there; in eager mode the same call works."""
+    model = morphed()
+    x = rows()
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, given, (x,)).square().mean()
+
+    assert torch.func.grad(loss)(params).keys() == params.keys()
+    with pytest.raises(Exception, match="setup_context"):
+        torch.compile(torch.func.grad(loss), backend="aot_eager")(params)
+
+
+def test_functional_call_in_a_graph_takes_the_hosts_parameters() -> None:
+    model, x = morphed(), rows()
+    put(model, "0.fc1", Lifecycle.FOSSILIZED)
+    other = {name: param.detach() * 1.5 for name, param in nn.Sequential(Block()).named_parameters()}
+
+    def run(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, given, (x,))
+
+    fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(fast(other), run(other), atol=1e-6)
+    assert not torch.allclose(fast(other), model(x))
 
 
 def test_the_ops_pass_opcheck() -> None:
