@@ -142,7 +142,7 @@ class SlotBank(nn.Module):
         """Each parameter as the forward reads it: the alias that requires gradients.
 
         A parameter that `torch.func.functional_call` put in place of the bank's own is used itself, and so is the
-        bank's own in a `torch.jit.trace` or an export, which know no other tensors of a module than parameters and buffers.
+        bank's own in a `torch.jit.trace` or an export, which know no other tensors than parameters and buffers.
         """
         found = {}
         own = not (jit_traced() or torch.compiler._is_exporting_flag)
