@@ -1,4 +1,4 @@
-"""Tests on a GPU want Triton compiled; those of `tests/kernels` have it interpreted, and a process has it one way."""
+"""Tests on a GPU want Triton compiled; in a run with other tests it is interpreted, and a process has it one way."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from morphc.kernels.triton_api import interprets
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    mine = [item for item in items if here in item.path.parents]
-    others = [item for item in items if here.parent / "kernels" in item.path.parents]
-    if mine and others:
-        why = "Triton is interpreted for the tests of kernels in this run: pytest tests/gpu runs these"
-        for item in mine:
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not interprets():
+        return
+    why = "Triton is interpreted in this run: pytest tests/gpu, by itself, runs these"
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=why))

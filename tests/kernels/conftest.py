@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from where import DEVICE
-
-# Triton reads the variable for its own functions when it is imported, once. Other tests of the same run are to
-# find their backend as users do, so the variable is set for these alone.
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE.type == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")
-    importlib.import_module("triton.language")
 
 settings.register_profile(
     "kernels", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -1,0 +1,23 @@
+"""Triton is interpreted in a run of the tests, or compiles, if all of the run is `tests/gpu` or the device is a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads the variable for its own functions when it is imported, once, and any test file may import it
+    # by way of torch: so before all of them. Other tests of the same run are to find their backend as users do,
+    # so the variable is set for these alone (see `kernels/conftest.py`).
+    chosen = [Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args]
+    on_gpu = bool(chosen) and all(HERE / "gpu" in (path, *path.parents) for path in chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        if not on_gpu and os.environ.get("MORPHC_TEST_DEVICE", "cpu") == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
