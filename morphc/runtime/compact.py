@@ -222,6 +222,7 @@ def step(
     site: SeedSite,
     name: str,
     bank: SlotBank,
+    finite: Tensor | None = None,
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -231,8 +232,9 @@ def step(
     """One AdamW step of the slots that train, and no gradients after it; False where `SlotBank.step` has to do it.
 
     That is outside of host memory, where a gradient isn't finite, and where slots have had different numbers of steps.
+    finite [K]: the slots that `SlotBank.clean_grads` has found finite; None if it hasn't looked.
     """
-    if not in_host_memory(site, bank) or bank.frozen:
+    if not in_host_memory(site, bank) or bank.frozen or (finite is not None and not bool(finite.all())):
         return False
     grads = bank.grads()
     given = [grad for grad in grads.values() if grad is not None]

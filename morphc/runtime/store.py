@@ -200,10 +200,13 @@ class SeedStore:
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
                     isolation.step(site, name, bank, options)
-                    by_torch = scale is None and chosen(site.backend, bank.owner.device) == "torch"
-                    if by_torch and compact.step(site, name, bank, **options):
+                    own = isolation.unscaled(site, bank)
+                    finite = None if scale is None else bank.clean_grads(scale, own)
+                    by_torch = chosen(site.backend, bank.owner.device) == "torch"
+                    if by_torch and compact.step(site, name, bank, finite, **options):
                         continue
-                    finite = bank.clean_grads(scale, isolation.unscaled(site, bank))
+                    if finite is None:
+                        finite = bank.clean_grads(None, own)
                     if not engine.step(site, name, bank, options, finite):
                         bank.step(site.train_rows(bank) & finite, **options)
 

@@ -67,7 +67,12 @@ def everything(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for path, site in morphc.seeds(model).sites.items():
         for kind, bank in site.slots.items():
-            found |= {f"{path}/{kind}/{n}": g.clone() for n, g in bank.grads().items() if g is not None}
+            # A bank without a seed may be left out of the backward.
+            params = {n: bank.get_parameter(n) for n in bank.grads()}
+            found |= {
+                f"{path}/{kind}/{n}": torch.zeros_like(params[n]) if g is None else g.clone()
+                for n, g in bank.grads().items()
+            }
     return found
 
 

@@ -14,6 +14,7 @@ from test_cross_compile import WAITS, WIDE
 from torch import nn
 
 import morphc
+from morphc import plantuned
 from morphc.errors import KernelError, ResourceError, UnknownNameError
 from morphc.kernels import active, codegen, devices, tuning
 from morphc.kernels.codegen import Source
@@ -131,10 +132,14 @@ class TestBuckets:
     def test_a_model_compiled_from_a_plan_runs_with_its_answers(self) -> None:
         host, example = nn.Linear(8, 8), (torch.randn(2, 8),)
         made = morphc.report(morphc.compile(host, example)).plan
-        name, config = tuning.key(make_spec(), 100), TuneConfig(16, 16, 2, 1)
-        assert tuning.lookup(make_spec(), 100) is None
-        morphc.compile(host, example, plan=msgspec.structs.replace(made, tuned={name: config}))
-        assert tuning.lookup(make_spec(), 100) == config
+        spec, config = next(spec for spec in made.specs if spec.kind == "forward"), TuneConfig(16, 16, 2, 1)
+        tuning.adopt({tuning.key(spec, 100): config})
+        plan = plantuned.with_tuned(made)
+        tuning.forget()
+        morphc.compile(host, example, plan=made)
+        assert tuning.lookup(spec, 100) is None
+        morphc.compile(host, example, plan=plan)
+        assert tuning.lookup(spec, 100) == config
 
     def test_a_plan_made_before_the_later_parameters_is_read(self) -> None:
         old = b'{"block_rows":64,"block_cols":16,"num_warps":4,"num_stages":2}'
