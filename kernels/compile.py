@@ -179,9 +179,10 @@ def compile_all(
     count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
     done: dict[Future[dict[str, Any]], int] = {}
     executor = ThreadPoolExecutor(count, thread_name_prefix="morphc-compile")
+    stopped = threading.Event()
     try:
         for at, job in enumerate(jobs):
-            run = partial(_run, job, keep, time_limit)
+            run = partial(_run, job, keep, time_limit, stopped)
             done[executor.submit(_kept, forms[at], reasons[at], run) if keep else executor.submit(run)] = at
         pending: set[Future[dict[str, Any]]] = set(done)
         while pending:
@@ -190,6 +191,7 @@ def compile_all(
                 for left in range(len(finished) - 1, -1, -1):
                     progress(len(jobs) - len(pending) - left, len(jobs))
     except BaseException:
+        stopped.set()
         executor.shutdown(wait=False, cancel_futures=True)
         _POOL.close()
         raise
@@ -253,8 +255,8 @@ def _kept(want: binaries.Wanted, reasons: Sequence[str], run: Callable[[], dict[
     return {name: found.manifest.details[name] for name in told}
 
 
-def _run(job: Job, keep: bool, time_limit: float) -> dict[str, Any]:
-    return _POOL.run(_message(job, keep), time_limit)
+def _run(job: Job, keep: bool, time_limit: float, stopped: threading.Event) -> dict[str, Any]:
+    return _POOL.run(_message(job, keep), time_limit, stopped)
 
 
 def _message(job: Job, keep: bool) -> str:
@@ -363,13 +365,16 @@ class _Pool:
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
 
-    def run(self, message: str, limit: float) -> dict[str, Any]:
+    def run(self, message: str, limit: float, stopped: threading.Event) -> dict[str, Any]:
+        """A worker's answer. stopped: set before `close` by the one who no longer waits for it."""
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         if worker is None:
             worker = _Worker()
         with self._lock:
             self._busy.add(worker)
+            if stopped.is_set():  # while no worker was busy with it, so `close` saw none
+                worker.kill()
         counters.compiling()
         answer = worker.run(message, limit)
         with self._lock:
