@@ -116,6 +116,10 @@ class CacheMissError(KernelError):
         )
 
 
+class RankError(MorphcError, RuntimeError):
+    """Ranks that train one model together are not alike, or one of them failed; raised on all of them."""
+
+
 class CacheError(MorphcError, ValueError):
     """The cache, a bundle, or a key of it can't be used as asked; the message says what would do."""
 

@@ -34,7 +34,7 @@ class Sums(NamedTuple):
     finite: Tensor
     zeros: Tensor
     nonfinite: Tensor
-    rows: int
+    rows: int | Tensor
 
 
 def as_rows(x: Tensor, axis: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from morphc.lifecycle import TABLE, Lifecycle, Mode
+from morphc.runtime.sharded import whole
 
 if TYPE_CHECKING:
     from morphc.runtime.store import SeedStore
@@ -46,7 +47,7 @@ class Ratios:
                     continue
                 squares = torch.stack([grad.float().square().flatten(1).sum(1) for grad in grads]).sum(0)
                 slot = squares / sum(grad[0].numel() for grad in grads)
-                layer = torch.stack([grad.float().square().sum() for grad in host]).sum()
+                layer = torch.stack([whole(grad.float().square().sum()) for grad in host]).sum()
                 layer = layer / sum(grad.numel() for grad in host)
                 ratio = (slot / layer.to(slot.device)).sqrt()
                 self._taken.append((path, bank.owner, ratio))

@@ -37,7 +37,8 @@ from morphc.grow.evaluation import Evaluate
 from morphc.grow.hostrates import HostRates
 from morphc.grow.linesearch import Refit
 from morphc.grow.measuring import Measuring
-from morphc.grow.probes import Probes
+from morphc.grow.probes import Choice, Probes
+from morphc.grow.ranks import ProcessGroup, ranks_of
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
 from morphc.grow.snapshot import (
     Snapshot,
@@ -53,6 +54,7 @@ from morphc.lifecycle import Lifecycle
 from morphc.runtime import grafts, recycling, ticking
 from morphc.runtime.commands import Transition
 from morphc.runtime.seeds import Seeds
+from morphc.runtime.sharded import check_unsharded
 from morphc.runtime.store import store_of
 
 _L = Lifecycle
@@ -84,6 +86,10 @@ class Grower:
     on_recycle: called with (optimizer, parameter, axis, indices) for every parameter that `recycle` renewed, for
     optimizers whose state isn't shaped as the parameter.
 
+    process_group: the ranks that train the model together; None for the default group of torch.distributed if it is
+    initialised. Every rank has a Grower, made after DDP or `fully_shard` wrapped the model, and calls the same methods.
+    Rank 0's controller decides, metrics and losses are averaged, and RankError says where ranks are not alike.
+
     Call `step` after `optimizer.step()` and before gradients are cleared. Between ticks nothing waits for the device.
     """
 
@@ -99,12 +105,15 @@ class Grower:
         *,
         better: Literal["lower", "higher"] = "lower",
         on_recycle: recycling.Hook | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if isinstance(tick_every, bool) or not isinstance(tick_every, int) or tick_every < 1:
             raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
         if better not in ("lower", "higher"):
             raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
-        self.model, self.optimizer, self.evaluate = model, optimizer, evaluate
+        self.ranks = ranks_of(process_group)
+        self.model, self.optimizer = model, optimizer
+        self.evaluate = self.ranks.evaluating(evaluate) if evaluate is not None else None
         self.controller: Controller = controller if controller is not None else PlateauController()
         self.scaler, self.scheduler, self.on_recycle = scaler, scheduler, on_recycle
         self.tick_every, self.lower = tick_every, better == "lower"
@@ -114,7 +123,18 @@ class Grower:
         self.steps = self.ticks = 0
         self.metrics: list[float] = []
         self.new_epoch = False
-        self.measuring = Measuring(model, self.seeds, evaluate, self.lower)
+        check_unsharded(self.store)
+        self.store.shared = not self.ranks.alone
+        self.ranks.agree_on_setup(
+            self.store,
+            {
+                "tick_every": tick_every,
+                "better": better,
+                "evaluate": "given" if evaluate is not None else "None",
+                "controller": type(self.controller).__name__,
+            },
+        )
+        self.measuring = Measuring(model, self.seeds, self.evaluate, self.lower, self.ranks)
         self.losses, self.ratios = self.measuring.losses, self.measuring.ratios
         self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
@@ -127,6 +147,8 @@ class Grower:
         if begin is not None:
             begin(model, optimizer)
         self._look_ahead()
+        self.store.refresh_modes()
+        self.ranks.follow(self.store)
         if evaluate is None and getattr(self.controller, "germinates", True):
             warnings.warn(
                 "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
@@ -155,6 +177,7 @@ class Grower:
         self._window[self.steps % self.tick_every].copy_(value.reshape(()), non_blocking=True)
         self.steps += 1
         due = self.steps % self.tick_every == 0
+        self.ranks.average(self.store)
         if due:
             self.ratios.take()
         self.store.step_optimizer(lr=self.rates.lr(due), scale=self.rates.scale_of_step)
@@ -175,8 +198,11 @@ class Grower:
             self.probes.disarm()
 
     def epoch(self, val_metric: float | Tensor) -> Event:
-        """Tell the validation metric of an epoch; a graft that made it worse than the bound is rolled back."""
-        metric = float(val_metric)
+        """Tell the validation metric of an epoch; a graft that made it worse than the bound is rolled back.
+
+        With several ranks each tells its own, and the mean counts.
+        """
+        (metric,) = self.ranks.mean([float(val_metric)])
         event = Event(self.steps)
         told = [cohort for cohort in self.cohorts.open if cohort.metric is not None]
         if told:
@@ -194,9 +220,16 @@ class Grower:
 
     def tick(self) -> Event:
         """One tick: look for trouble, evaluate, move the seeds, let the controller command. `step` calls it."""
+        self.ranks.agree(self.store)
+        with self.ranks.joined(self.store):
+            event = self._tick()
+        self.ranks.follow(self.store)
+        return event
+
+    def _tick(self) -> Event:
         self.ticks += 1
         filled = (self.steps - 1) % self.tick_every + 1 if self.steps else 0
-        trouble = self.losses.tell(self._window[:filled].tolist())
+        trouble = self.losses.tell(self.ranks.mean(self._window[:filled].tolist()))
         self.ratios.read()
         self.measuring.take_health(self.steps)
         if trouble:
@@ -235,7 +268,7 @@ class Grower:
 
     def _size(self, grafted: Sequence[int]) -> dict[tuple[str, int], Refit]:
         """Correct the size of what is being grafted by the loss: the step's own, else a validation loss, if given."""
-        by, objective = "loss", self._closure
+        by, objective = "loss", self._closure and partial(self._loss_of_step, self._closure)
         if objective is None and self.evaluate is not None and self.lower:
             by, objective = "evaluate", partial(self.evaluate, self.model)
         found: dict[tuple[str, int], Refit] = {}
@@ -244,6 +277,10 @@ class Grower:
             site, seed = ticking.site_at(self.store, row)
             found[site.path, seed] = Refit(by, *sized[row]) if row in sized else Refit("estimate")
         return found
+
+    def _loss_of_step(self, closure: Callable[[], Tensor | float]) -> float:
+        """The step's loss over the batches of all ranks."""
+        return self.ranks.evaluating(lambda _: float(closure()))(self.model)
 
     def _give_up(self, told: Sequence[Transition]) -> list[Transition]:
         """Cull the seeds that a gate has held up, or that have waited in a graft, for longer than `graft_patience`."""
@@ -282,7 +319,7 @@ class Grower:
         )
         self.new_epoch = False
         out: list[Transition] = []
-        for command in self.controller.decide(seen):
+        for command in self.ranks.decided(lambda: list(self.controller.decide(seen))):
             out += self.execute(command, event)
         return out
 
@@ -315,6 +352,14 @@ class Grower:
 
         gates=False asks no gate and no age, and passes through the states between (see `SiteHandle.advance`).
         """
+        with self.ranks.joined(self.store):
+            found = self._advance(path, seeds, to, gates, event)
+        self.ranks.follow(self.store)
+        return found
+
+    def _advance(
+        self, path: str, seeds: Sequence[int], to: Lifecycle, gates: bool, event: Event | None
+    ) -> list[Transition]:
         handle, out = self.seeds[path], []
         chosen = handle.checked(seeds)
         states = self.store.mirror().lifecycle[handle.rows]
@@ -348,10 +393,23 @@ class Grower:
         incoming = None
         if candidates > 1:
             probes = self.probes if self.probes is not None else Probes(self.store)
-            incoming = probes.best(path, candidates)
+            incoming = partial(self._chosen_units, probes.best(path, candidates))
         return recycling.recycle(
             self.store, handle.site, handle.checked(seeds), self.optimizer, self._recycled, incoming
         )
+
+    def _chosen_units(
+        self, best: Choice, layers: recycling.Layers, units: Tensor, generator: torch.Generator
+    ) -> list[Tensor] | str:
+        """The units that rank 0 chose on its batch."""
+        device = recycling.weight_of(layers.writers[0]).device
+
+        def choose() -> list[Tensor] | str:
+            found = best(layers, units, generator)
+            return found if isinstance(found, str) else [rows.cpu() for rows in found]
+
+        found = self.ranks.decided(choose)
+        return found if isinstance(found, str) else [rows.to(device) for rows in found]
 
     def _recycled(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, indices: Tensor
@@ -403,6 +461,7 @@ class Grower:
                 own.load_state_dict(clone(kept))
         restore_rng(tree["rng"], self.device)
         self.load_state_dict(tree["grower"])
+        self.ranks.follow(self.store)
         self.cohorts.rewind(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,6 +494,7 @@ class Grower:
         load = getattr(self.controller, "load_state_dict", None)
         if load is not None and saved["controller"] is not None:
             load(saved["controller"])
+        self.ranks.follow(self.store)
 
     def learning(self) -> dict[tuple[str, int], dict[str, float]]:
         """What was measured of every seed that holds a slot, by (path, index).

@@ -10,6 +10,7 @@ from torch import nn
 
 from morphc.grow.evaluation import Evaluate, Worth, contributions
 from morphc.grow.gradients import Ratios
+from morphc.grow.ranks import Ranks
 from morphc.grow.signals import Losses
 from morphc.lifecycle import Lifecycle
 from morphc.runtime import commands, ticking
@@ -29,14 +30,22 @@ class Measuring:
     fresh [N]: whether that was in the tick that `take_health` was called for last.
     """
 
-    def __init__(self, model: nn.Module, seeds: Seeds, evaluate: Evaluate | None, lower: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        seeds: Seeds,
+        evaluate: Evaluate | None,
+        lower: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model, self.seeds, self.evaluate, self.lower = model, seeds, evaluate, lower
         self.store = seeds._store
+        self.ranks = ranks if ranks is not None else Ranks()
         self.config = self.store.config
         self.losses = Losses(self.config.rollback_sigma, self.config.rollback_times)
         self.ratios = Ratios(self.store)
         self.evaluated: dict[int, tuple[int, float]] = {}
-        self.health = seeds.telemetry()
+        self.health = self.ranks.health(self.store)
         self.fresh = self.health["count"] > 0
         self._measured_at = (0, 0)
 
@@ -48,7 +57,7 @@ class Measuring:
         self.fresh = torch.zeros_like(self.fresh)
         if forwards == seen and steps - at < max(1, self.config.telemetry_every):
             return
-        found = self.seeds.telemetry()
+        found = self.ranks.health(self.store)
         measured = self.fresh = found["count"] > 0
         self.health = {name: torch.where(measured, value, self.health[name]) for name, value in found.items()}
         self._measured_at = (forwards, steps)

@@ -79,6 +79,10 @@ class Activity:
         return found
 
 
+Choice = Callable[[Layers, Tensor, torch.Generator], "list[Tensor] | str"]
+"""The incoming weights of the best fresh units, one tensor for each writer, or why there are none."""
+
+
 class Probes:
     """x and g of the last training forward of every block that can be recycled, while it is armed."""
 
@@ -114,9 +118,7 @@ class Probes:
         if isinstance(out, Tensor) and out.requires_grad and _training(layer):
             out.register_hook(partial(self._gradients.__setitem__, path))  # type: ignore[no-untyped-call]
 
-    def best(
-        self, path: str, candidates: int
-    ) -> Callable[[Layers, Tensor, torch.Generator], list[Tensor] | str]:
+    def best(self, path: str, candidates: int) -> Choice:
         """For `recycling.recycle`: the incoming weights of the best of so many fresh units."""
 
         def choose(layers: Layers, units: Tensor, generator: torch.Generator) -> list[Tensor] | str:

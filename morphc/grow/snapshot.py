@@ -155,7 +155,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
         for _, bank in site.slots.items():
             bank.zero_grads()
         if path in saved["fittings"]:
-            fitting = site.fitting = Fitting(store.config.isolation_every)
+            fitting = site.fitting = Fitting(store.config.isolation_every, store.shared)
             fitting.count = saved["fittings"][path]["count"]
             for name, sums in saved["fittings"][path]["fits"].items():
                 fit = fitting.fit(name, dict(site.slots.items())[name])

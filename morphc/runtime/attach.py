@@ -18,6 +18,7 @@ from morphc.runtime.bank import SlotBank
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import restore_forward
 from morphc.runtime.requests import SiteRequest, functional_name, geometry_of, is_transposed, spatial_axes
+from morphc.runtime.sharded import hide_from_ddp, show_to_ddp
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.state import SeedState
 from morphc.runtime.store import CHILD, SeedRoot, SeedStore, found, install_hooks, remove_hooks
@@ -74,6 +75,11 @@ def attach(
             store.norms[request.path] = root.get_submodule(request.block.norm)
         if request.block is not None:
             _feed(root, request.block, store.sites[request.path], store)
+    everything = (
+        *root.named_parameters(remove_duplicate=False),
+        *root.named_buffers(remove_duplicate=False),
+    )
+    hide_from_ddp(root, [name for name, _ in everything if CHILD in name.split(".")])
     return store
 
 
@@ -198,6 +204,7 @@ def detach_(root: nn.Module) -> None:
     root, store = found(root)
     for site in store.sites.values():
         store.set_mode(site, Mode.DORMANT)
+    show_to_ddp(root, CHILD)
     for module in root.modules():
         restore_forward(module)
     for forward in reversed(store.wrapped):

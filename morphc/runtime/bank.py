@@ -15,10 +15,12 @@ from morphc.kernels.reference.adamw import adamw_rows
 from morphc.kernels.reference.blends import blend_shapes
 from morphc.runtime.active import jit_traced
 from morphc.runtime.meta import started
+from morphc.runtime.sharded import left_whole
 
 FREE = -1
 
 
+@left_whole
 class Moments(nn.Module):
     """Optimizer state of a bank: buffers `exp_avg_<param>`, `exp_avg_sq_<param>` and `step` [K]."""
 
@@ -75,6 +77,7 @@ class SlotParameter(nn.Parameter):
         return self
 
 
+@left_whole
 class SlotBank(nn.Module):
     """K slots of one blueprint. `owner` [K] is the site's seed that holds each slot, -1 where free.
 
@@ -163,6 +166,15 @@ class SlotBank(nn.Module):
                 leaf.grad.zero_()
             else:
                 leaf.grad = None
+
+    @torch.no_grad()
+    def give_grads(self, rows: Tensor, grads: Mapping[str, Tensor]) -> None:
+        """Put gradients [k, ...] of the slots `rows` [k] into the buffers."""
+        for name, grad in grads.items():
+            leaf = self._leaves[name]
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+            leaf.grad.index_copy_(0, rows, grad.to(leaf))
 
     def keep_grads(self) -> None:
         """Let the gradient buffers stay where they are from now on."""

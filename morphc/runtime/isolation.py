@@ -127,10 +127,14 @@ def solve(gram: Tensor, cross: Tensor) -> Tensor:
 
 
 class Fitting:
-    """The sums of a site's banks, and what its forward does for them while seeds train in isolation."""
+    """The sums of a site's banks, and what its forward does for them while seeds train in isolation.
 
-    def __init__(self, every: int) -> None:
+    shared: other ranks train the same slots, so that reconstruction's gradients are summed and not taken at once.
+    """
+
+    def __init__(self, every: int, shared: bool = False) -> None:
         self.every = every
+        self.shared = shared
         self.count = 0
         self.fits: dict[str, Fit] = {}
 
@@ -169,7 +173,7 @@ def follow(store: SeedStore, site: SeedSite, states: set[Lifecycle]) -> None:
     """Measure at the site while one of its seeds is in a state that trains in isolation."""
     isolated = any(TABLE[state].trains == "isolated" for state in states)
     if isolated and site.fitting is None:
-        site.fitting = Fitting(store.config.isolation_every)
+        site.fitting = Fitting(store.config.isolation_every, store.shared)
     elif not isolated:
         site.fitting = None
 
@@ -201,15 +205,17 @@ def watch(
         slots = active.describe(site.owner_of(bank), *described, site.features, site.seeds)
         fit = fitting.fit(name, bank)
         if learns and bank.kind.tap == "chunk":
-            _learn(site, name, bank, fit, y, slots)
+            _learn(site, name, bank, fit, y, slots, fitting.shared)
         elif due:
             hooks.append(_look(site, bank, fit, y, tap, slots))
     return hooks
 
 
-def _learn(site: SeedSite, name: str, bank: SlotBank, fit: Fit, y: Tensor, slots: Slots) -> None:
+def _learn(
+    site: SeedSite, name: str, bank: SlotBank, fit: Fit, y: Tensor, slots: Slots, shared: bool
+) -> None:
     """Let the seeds learn to give their chunk back: by kernels, or by gradients as a backward would add them up."""
-    if fit.saved is None and not fit.summed:
+    if fit.saved is None and not fit.summed and not shared:
         fit.saved = reconstructing.save(site, name, bank, y)
         if fit.saved is not None:
             return

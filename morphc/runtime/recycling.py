@@ -16,6 +16,7 @@ from morphc.lifecycle import Lifecycle
 from morphc.runtime import commands
 from morphc.runtime.commands import Transition
 from morphc.runtime.gates import Failure
+from morphc.runtime.sharded import is_dtensor
 from morphc.runtime.site import SeedSite
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def layers_of(store: SeedStore, site: SeedSite) -> Layers | str:
             return "its block is not made of Linear or convolution layers that all have sites"
         if any(getattr(layer, "groups", 1) != 1 for layer in layers):
             return "a convolution of its block works in groups"
+        if any(is_dtensor(param) for layer in layers for param in layer.parameters(recurse=False)):
+            return "its block's weights are sharded among ranks, and a unit's row may be anywhere"
         return Layers(writers, request.layer, block.activation, store.norms.get(request.path))
     return "no layer is known that alone reads its units (it must be the inner layer of a block)"
 

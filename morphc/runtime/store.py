@@ -104,6 +104,8 @@ class SeedStore:
         self.ticker: Ticker | None = None
         # What a refit at a graft goes by: the host's loss, and the part of it that one seed is to take.
         self.loss: float | None = None
+        # Whether other ranks train the same slots: then every gradient passes through the banks' buffers.
+        self.shared = False
         self.graft_share = 1.0
 
     def mirror(self) -> Mirror:

@@ -1,0 +1,69 @@
+"""Slots among sharded parameters: every rank has all of them, whoever shards the host."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed
+from torch import Tensor, nn
+
+from morphc.errors import RankError
+
+if TYPE_CHECKING:
+    from morphc.runtime.store import SeedStore
+
+M = TypeVar("M", bound=type[nn.Module])
+TO_IGNORE = "_ddp_params_and_buffers_to_ignore"
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; nobody has one who hasn't imported them, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor's value with the parts of all ranks; another tensor itself."""
+    found: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
+def left_whole(module: M) -> M:
+    """A class of modules that `fully_shard` leaves as they are, as it does those under torch's own `replicate`.
+
+    Slots are few, and change hands and shape; their gradients are averaged by the Grower.
+    """
+    if torch.distributed.is_available():
+        from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+
+        setattr(module, REGISTRY_KEY, {"replicate": RegistryItem()})
+    return module
+
+
+def hide_from_ddp(root: nn.Module, names: Iterable[str]) -> None:
+    """Let DDP neither send nor reduce the parameters and buffers of these names."""
+    known: Any = root.__dict__.get(TO_IGNORE, ())
+    root.__dict__[TO_IGNORE] = [*known, *(name for name in names if name not in known)]
+
+
+def show_to_ddp(root: nn.Module, child: str) -> None:
+    """Inverse of `hide_from_ddp` for names below a child `child`."""
+    known: Any = root.__dict__.pop(TO_IGNORE, ())
+    left = [name for name in known if child not in name.split(".")]
+    if left:
+        root.__dict__[TO_IGNORE] = left
+
+
+def check_unsharded(store: SeedStore) -> None:
+    """Raises RankError where a slot was sharded."""
+    for path, site in store.sites.items():
+        for blueprint, bank in site.slots.items():
+            for name, tensor in (*bank.named_parameters(), *bank.named_buffers()):
+                if is_dtensor(tensor):
+                    raise RankError(
+                        f"{name!r} of the slots ({blueprint}) at {path!r} was sharded with the host; every rank needs "
+                        "all slots: compile before the host is sharded, by fully_shard(...) of torch 2.11 or later or "
+                        "with ignored_params= of the parameters whose names hold 'morphc'"
+                    )
