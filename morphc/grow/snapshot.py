@@ -96,7 +96,8 @@ class Snapshot:
 # -- the model -----------------------------------------------------------------------------------------------
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Host, states and slots by name: the very tensors, without telemetry."""
     root, store = root_of(model), store_of(model)
     found: dict[str, Tensor] = {}
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
@@ -112,7 +113,8 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _fittings(store: SeedStore) -> dict[str, Any]:
+def fittings(store: SeedStore) -> dict[str, Any]:
+    """What isolation has measured, by site: the very tensors."""
     return {
         path: {
             "count": site.fitting.count,
@@ -127,8 +129,8 @@ def model_state(model: nn.Module) -> dict[str, Any]:
     """Host, seeds, slots, what is measured in isolation, and how many forwards each site has counted."""
     store = store_of(model)
     return {
-        "tensors": clone(_model_tensors(model)),
-        "fittings": clone(_fittings(store)),
+        "tensors": clone(model_tensors(model)),
+        "fittings": clone(fittings(store)),
         "forwards": {path: site.pulse.count for path, site in store.sites.items()},
     }
 
@@ -137,7 +139,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 def restore_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Copy a `model_state` back into the very tensors that the model has. Raises CheckpointError, changing nothing."""
     store = store_of(model)
-    own, kept = _model_tensors(model), saved["tensors"]
+    own, kept = model_tensors(model), saved["tensors"]
     for name in own.keys() ^ kept.keys():
         where = "the snapshot lacks" if name in own else "this model lacks"
         raise CheckpointError(f"{where} {name!r}; a snapshot fits the model that it was taken of")
@@ -154,13 +156,20 @@ def restore_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
         site.pulse.count = saved["forwards"].get(path, 0)
         for _, bank in site.slots.items():
             bank.zero_grads()
-        if path in saved["fittings"]:
-            fitting = site.fitting = Fitting(store.config.isolation_every, store.shared)
-            fitting.count = saved["fittings"][path]["count"]
-            for name, sums in saved["fittings"][path]["fits"].items():
-                fit = fitting.fit(name, dict(site.slots.items())[name])
-                for key, value in sums.items():
-                    fit.sums[key].copy_(value)
+    restore_fittings(store, saved["fittings"])
+
+
+@torch.no_grad()
+def restore_fittings(store: SeedStore, saved: Mapping[str, Any]) -> None:
+    """Copy what `fittings` gave back."""
+    for path, told in saved.items():
+        site = store.sites[path]
+        fitting = site.fitting = Fitting(store.config.isolation_every, store.shared)
+        fitting.count = told["count"]
+        for name, sums in told["fits"].items():
+            fit = fitting.fit(name, dict(site.slots.items())[name])
+            for key, value in sums.items():
+                fit.sums[key].copy_(value)
 
 
 # -- the optimizer -------------------------------------------------------------------------------------------
