@@ -89,6 +89,7 @@ class Grower:
     process_group: the ranks that train the model together; None for the default group of torch.distributed if it is
     initialised. Every rank has a Grower, made after DDP or `fully_shard` wrapped the model, and calls the same methods.
     Rank 0's controller decides, metrics and losses are averaged, and RankError says where ranks are not alike.
+    batches_per_step: how many of the ranks see a batch of their own; under tensor parallelism several share one.
 
     Call `step` after `optimizer.step()` and before gradients are cleared. Between ticks nothing waits for the device.
     """
@@ -106,12 +107,13 @@ class Grower:
         better: Literal["lower", "higher"] = "lower",
         on_recycle: recycling.Hook | None = None,
         process_group: ProcessGroup | None = None,
+        batches_per_step: int | None = None,
     ) -> None:
         if isinstance(tick_every, bool) or not isinstance(tick_every, int) or tick_every < 1:
             raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
         if better not in ("lower", "higher"):
             raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
-        self.ranks = ranks_of(process_group)
+        self.ranks = ranks_of(process_group, batches_per_step)
         self.model, self.optimizer = model, optimizer
         self.evaluate = self.ranks.evaluating(evaluate) if evaluate is not None else None
         self.controller: Controller = controller if controller is not None else PlateauController()

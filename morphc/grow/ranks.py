@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from morphc.errors import RankError
+from morphc.errors import ConfigError, RankError
 from morphc.kernels import tuning
 from morphc.kernels.reference.health import (
     GRAD_SAMPLES,
@@ -50,26 +50,36 @@ T = TypeVar("T")
 ProcessGroup = Any  # of torch.distributed, which a build of torch may lack
 
 _PARTS = {"ss": 1, "xx": 1, "gram": 1, "gg": -1, "site": -1}
-"""How a sum of isolation over the joint batch follows from the ranks' mean: times the number of ranks to this power.
+"""How a sum of isolation over the joint batch follows from the ranks' mean: times the number of batches to this power.
 
 The gradient that a rank sees is that of its own mean loss, so many times that of the mean over all.
 """
 
 
-def ranks_of(group: ProcessGroup | None = None) -> Ranks:
-    """The ranks of `group`, of the default group if there is one, else a rank by itself."""
+def ranks_of(group: ProcessGroup | None = None, batches: int | None = None) -> Ranks:
+    """The ranks of `group`, of the default group if there is one, else a rank by itself.
+
+    batches: so many of them have a batch of their own (all, for None). Raises ConfigError.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     group = group if group is not None else dist.group.WORLD
-    return Ranks(group if dist.get_world_size(group) > 1 else None)
+    count = dist.get_world_size(group)
+    if batches is not None and (batches < 1 or count % batches):
+        raise ConfigError(
+            f"batches_per_step={batches!r} of {count} ranks: equally many have to share each batch, so it must divide "
+            f"{count}"
+        )
+    return Ranks(group if count > 1 else None, batches)
 
 
 class Ranks:
     """The processes that train one model; without a group it is one process, and nothing here does anything."""
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(self, group: ProcessGroup | None = None, batches: int | None = None) -> None:
         self.group = group
         self.count = dist.get_world_size(group) if group is not None else 1
+        self.batches = batches if batches is not None else self.count
         self.rank = dist.get_rank(group) if group is not None else 0
         self.where = torch.device("cpu")
         if group is not None and "nccl" in dist.get_backend(group):
@@ -172,7 +182,7 @@ class Ranks:
                 rows[NONFINITE], rows[ROWS],
             )  # fmt: skip
             merge(kept, counted, widths, new)
-            kept[GRAD_SQUARES] += own[GRAD_SQUARES] / self.count**2
+            kept[GRAD_SQUARES] += own[GRAD_SQUARES] / (self.count * self.batches)
             kept[SALIENCY] += own[SALIENCY] / self.count
             counted[GRAD_SAMPLES] = torch.maximum(counted[GRAD_SAMPLES], rows[GRAD_SAMPLES])
         return dict(zip(HEALTH, health(kept, counted, widths).cpu().unbind(0), strict=True))
@@ -198,7 +208,9 @@ class Ranks:
                 fit.sums = {}
                 for name, value in sums.items():
                     part = flat[at : at + value.numel()].view(value.shape)
-                    fit.sums[name] = (part / self.count * self.count ** _PARTS.get(name, 0)).to(value.device)
+                    fit.sums[name] = (part / self.count * self.batches ** _PARTS.get(name, 0)).to(
+                        value.device
+                    )
                     at += value.numel()
         lent = [fit.sums for fit in fits]
         self._joined = True

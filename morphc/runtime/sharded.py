@@ -30,6 +30,29 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def on_every_rank(tensor: Tensor) -> Tensor:
+    """A DTensor as a plain tensor that every rank of its mesh has whole; another tensor itself. Differentiable."""
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    sharded: Any = tensor
+    found: Tensor = sharded.redistribute(placements=[Replicate()] * sharded.device_mesh.ndim).to_local()
+    return found
+
+
+def laid_out_as(value: Tensor, model: Tensor) -> Tensor:
+    """Inverse of `on_every_rank` for a value of the same shape; what was a partial sum is whole on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = model
+    mesh = sharded.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    wanted = [Replicate() if place.is_partial() else place for place in sharded.placements]
+    found = DTensor.from_local(value, mesh, everywhere, run_check=False)
+    return found.redistribute(placements=wanted)
+
+
 def left_whole(module: M) -> M:
     """A class of modules that `fully_shard` leaves as they are, as it does those under torch's own `replicate`.
 

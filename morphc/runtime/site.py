@@ -20,6 +20,7 @@ from morphc.runtime.bank import SlotBank
 from morphc.runtime.cells import Cells
 from morphc.runtime.devicegauge import DeviceGauge
 from morphc.runtime.meta import refuses
+from morphc.runtime.sharded import is_dtensor, laid_out_as, on_every_rank
 from morphc.runtime.telemetry import Gauge, accumulate, accumulate_gradient, exporting
 
 if TYPE_CHECKING:
@@ -152,9 +153,10 @@ class SeedSite(nn.Module):
         count = pulse.count
         pulse.count = count + 1
         # Nothing is asked of `y` in a torch.jit.trace, which would record the asking.
-        measured = count % every == 0 and not jit_traced() and accumulate(self, y)
+        due = count % every == 0 and not jit_traced()
+        measured = due and accumulate(self, on_every_rank(y.detach()) if is_dtensor(y) else y)
         if measured and self.gradient_telemetry and y.requires_grad and torch.is_grad_enabled():
-            y.register_hook(_gradient_hook(self, y.detach()))  # type: ignore[no-untyped-call]
+            y.register_hook(_gradient_hook(self, on_every_rank(y.detach())))  # type: ignore[no-untyped-call]
         return measured
 
     def follow_plan(self, device: torch.device | None = None) -> None:
@@ -213,6 +215,12 @@ class SeedSite(nn.Module):
         owned: nobody but the caller holds `y`, which may then be written in place. early: nothing was launched on
         the stream since this site measured `y`.
         """
+        if type(y) is not Tensor and is_dtensor(y):
+            self.block_input = (
+                self.block_input if self.block_input is None else on_every_rank(self.block_input)
+            )
+            tap = layer_input if layer_input is None else on_every_rank(layer_input)
+            return laid_out_as(self.join(on_every_rank(y), tap), y)
         fitting = self.fitting
         if fitting is None or not self.training or is_compiling():
             return self._join(y, layer_input, owned, early)
@@ -332,7 +340,7 @@ class FunctionalSites(nn.Module):
 
 def _gradient_hook(site: SeedSite, value: Tensor) -> Callable[[Tensor], None]:
     def hook(grad: Tensor) -> None:
-        accumulate_gradient(site, value, grad.detach())
+        accumulate_gradient(site, value, on_every_rank(grad.detach()))
 
     return hook
 
