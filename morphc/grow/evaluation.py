@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from morphc.grow.snapshot import restore_rng, rng_state
+from morphc.runtime.sharded import reshard
 from morphc.runtime.store import SeedStore
 
 Evaluate = Callable[[nn.Module], float]
@@ -33,6 +34,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, training in flags:
             module.training = training
         restore_rng(chance, device)
+        reshard(model)
 
 
 class Worth:

@@ -26,6 +26,7 @@ from morphc.grow.tree import clone, pack, unpack
 from morphc.lifecycle import Lifecycle
 from morphc.publishing import publish, recover, sibling, sync
 from morphc.runtime.isolation import Fitting
+from morphc.runtime.sharded import reshard
 from morphc.runtime.store import CHILD, SeedStore, root_of, store_of
 
 WEIGHTS: Final = "snapshot.safetensors"
@@ -99,6 +100,7 @@ class Snapshot:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Host, states and slots by name: the very tensors, without telemetry."""
     root, store = root_of(model), store_of(model)
+    reshard(root)
     found: dict[str, Tensor] = {}
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if CHILD not in name.split("."):

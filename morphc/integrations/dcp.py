@@ -93,8 +93,10 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def _tensors(grower: Grower) -> dict[str, Any]:
-    optimizer = get_optimizer_state_dict(grower.model, grower.optimizer)
-    return {"model": model_tensors(grower.model), "optimizer": optimizer}
+    model = model_tensors(
+        grower.model
+    )  # which also leaves the parameters sharded, as the optimizer knows them
+    return {"model": model, "optimizer": get_optimizer_state_dict(grower.model, grower.optimizer)}
 
 
 def _packed(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:

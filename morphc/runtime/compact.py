@@ -193,11 +193,17 @@ def _blended(
     if bank.blend == "residual" and y.dtype == compute:
         added = (s if group.whole else group.alpha * s).transpose(0, 1)
         joined = every + added if group.seeds is None else every.index_add(1, group.seeds, added)
-        return joined.view(y.shape)
+        return _shaped(joined, y)
     joined = blend(bank.blend, x.transpose(0, 1), s, group.alpha.view(-1), params).transpose(0, 1).to(y.dtype)
     if group.seeds is not None:
-        return every.index_copy(1, group.seeds, joined).view(y.shape)
-    return joined.contiguous().view(y.shape)
+        return _shaped(every.index_copy(1, group.seeds, joined), y)
+    return _shaped(joined.contiguous(), y)
+
+
+def _shaped(joined: Tensor, y: Tensor) -> Tensor:
+    """`joined`, which nobody else holds, in y's shape: not as a view, in which others would have to expect its base."""
+    found: Tensor = torch.ops.aten._unsafe_view(joined, y.shape)
+    return found
 
 
 class StraightThrough(torch.autograd.Function):

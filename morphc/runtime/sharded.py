@@ -30,6 +30,18 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def reshard(model: nn.Module) -> None:
+    """Let every module under `fully_shard` have its sharded parameters.
+
+    After a forward without a backward the outermost one has whole ones, which are thrown away later.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def on_every_rank(tensor: Tensor) -> Tensor:
     """A DTensor as a plain tensor that every rank of its mesh has whole; another tensor itself. Differentiable."""
     if not is_dtensor(tensor):

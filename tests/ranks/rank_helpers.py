@@ -23,9 +23,10 @@ class Net(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(6, 12)
         self.fc2 = nn.Linear(12, 4)
+        self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.relu(self.fc1(x)))
+        return self.scale * self.fc2(torch.relu(self.fc1(x)))
 
 
 def batch(step: int, rows: int = 16) -> tuple[Tensor, Tensor]:
