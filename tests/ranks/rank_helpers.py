@@ -16,6 +16,8 @@ from morphc import Config
 from morphc.lifecycle import Lifecycle
 
 HERE = Path(__file__).parent
+ON_GPU = os.environ.get("RANKS_ON") == "cuda"
+DEVICE = torch.device("cuda", int(os.environ["RANK"])) if ON_GPU else torch.device("cpu")
 
 
 class Net(nn.Module):
@@ -32,7 +34,7 @@ class Net(nn.Module):
 def batch(step: int, rows: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(rows, 6, generator=generator)
-    return x, torch.sin(2 * x[:, :4]) + x[:, 2:]
+    return x.to(DEVICE), (torch.sin(2 * x[:, :4]) + x[:, 2:]).to(DEVICE)
 
 
 def part(tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -49,7 +51,7 @@ def compiled(**options: object) -> nn.Module:
         "isolation_every": 1, "minimum_ticks": (1, 1, 1, 1, 1), "graft_ticks": 2, "embargo_ticks": 2,
         "min_isolated_improvement": 0.0, "min_contribution": -1.0, "min_improvement": -1.0, "min_stability": 0.0,
     }  # fmt: skip
-    return morphc.compile(Net(), (batch(0)[0],), config=Config(**(given | options)))
+    return morphc.compile(Net().to(DEVICE), (batch(0)[0],), config=Config(**(given | options)))
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -97,17 +99,25 @@ def states(model: nn.Module) -> set[Lifecycle]:
 def launch(
     file: str, function: str, folder: Path, ranks: int = 2, wait: bool = True, **more: str
 ) -> list[subprocess.Popen[str]]:
-    """Run `function` of a test file in so many processes, rendezvous by a file; asserts that all end well."""
+    """Run `function` of a test file in so many processes, rendezvous by a file; asserts that all end well.
+
+    more: environment variables; RANKS_ON=cuda gives each process a GPU, and nccl instead of gloo.
+    """
     store = folder / f"store-{function}-{len(list(folder.iterdir()))}"
     code = (
         f"import sys; sys.path[:0] = [{str(HERE)!r}]\n"
         "import torch, torch.distributed as dist, os\n"
         "torch.set_num_threads(1)\n"
         f"where, rank = 'file://{store}', int(os.environ['RANK'])\n"
-        f"dist.init_process_group('gloo', init_method=where, rank=rank, world_size={ranks})\n"
+        "on_gpu = os.environ.get('RANKS_ON') == 'cuda'\n"
+        "torch.cuda.set_device(rank) if on_gpu else None\n"
+        "backend = 'nccl' if on_gpu else 'gloo'\n"
+        f"dist.init_process_group(backend, init_method=where, rank=rank, world_size={ranks})\n"
         f"import {Path(file).stem} as tests\n"
         f"tests.{function}()\n"
         "dist.barrier(); dist.destroy_process_group()\n"
+        # At the end of an interpreter gloo's threads now and then end the process first.
+        "sys.stdout.flush(); os._exit(0)\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FOLDER": str(folder), "WORLD_SIZE": str(ranks), **more}
     env.pop("TRITON_INTERPRET", None)

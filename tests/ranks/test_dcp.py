@@ -40,7 +40,7 @@ def train(grower: morphc.Grower, folder: Path, kill_at: int = -1) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         grower.optimizer.zero_grad()
         x, y = part(batch(step))
-        loss = loss_of(grower.model, x + 0.01 * torch.randn_like(x), y)  # each rank's own chance
+        loss = loss_of(grower.model, x + 0.01 * torch.randn(x.shape).to(x), y)  # each rank's own chance
         loss.backward()
         grower.optimizer.step()
         grower.scheduler.step()

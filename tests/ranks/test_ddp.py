@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_helpers import (
+    DEVICE,
     batch,
     compiled,
     everywhere,
@@ -161,7 +162,7 @@ def going_back() -> None:
 
 
 def recycled_alike() -> None:
-    host = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    host = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).to(DEVICE)
     with torch.no_grad():
         host[0].bias[:6] = -100.0  # dead
     torch.manual_seed(0)

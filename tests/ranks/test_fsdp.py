@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_helpers import batch, compiled, everywhere, launch, loss_of, part, same_on_all, slots_of, validation
+from rank_helpers import (
+    DEVICE,
+    batch,
+    compiled,
+    everywhere,
+    launch,
+    loss_of,
+    part,
+    same_on_all,
+    slots_of,
+    validation,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,7 +34,7 @@ EVERY = 4
 
 
 def sharded(model: nn.Module, **more: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for layer in (model.fc1, model.fc2):
         fully_shard(layer, mesh=mesh, **more)
     return fully_shard(model, mesh=mesh, **more)
@@ -112,7 +123,7 @@ def other_types() -> None:
     bank = morphc.seeds(model)["fc1"].slots["bottleneck"]
     from torch.distributed.tensor import distribute_tensor
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     bank._parameters["in_weight"] = nn.Parameter(
         distribute_tensor(bank.in_weight.detach(), mesh), requires_grad=False
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_helpers import batch, compiled, everywhere, launch, loss_of, same_on_all, slots_of
+from rank_helpers import DEVICE, batch, compiled, everywhere, launch, loss_of, same_on_all, slots_of
 from test_fsdp import whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,7 +48,7 @@ def grown(model: nn.Module) -> list[str]:
 
 def columns_then_rows() -> None:
     model = compiled(gradient_telemetry=True)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     with slots_aside(model):
         parallelize_module(model, mesh, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
     assert is_dtensor(model.fc1.weight)
