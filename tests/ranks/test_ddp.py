@@ -117,11 +117,10 @@ def what_is_sent() -> None:
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         counts = []
-        for step in range(2 * EVERY):
+        for step in range(3 * EVERY):
             if step == EVERY:
                 for site in ("fc1", "fc2"):
                     grower.seeds[site].assign([0], Lifecycle.FINE_TUNING)
-                grower.ranks.follow(grower.store)
             before = counted.count
             optimizer.zero_grad()
             loss = loss_of(ddp, *part(batch(step)))
@@ -129,9 +128,10 @@ def what_is_sent() -> None:
             optimizer.step()
             grower.step(loss)
             counts.append(counted.count - before)
-    # Dormant: none between ticks. Two sites at work: one for both.
+    # Dormant: none between ticks. Two sites at work: one for both, from the next tick on.
     assert counts[: EVERY - 1] == [0] * (EVERY - 1), counts
-    assert counts[EVERY:-1] == [1] * (EVERY - 1), counts
+    assert counts[EVERY : 2 * EVERY - 1] == [0] * (EVERY - 1), counts
+    assert counts[2 * EVERY : -1] == [1] * (EVERY - 1), counts
     loss_of(ddp, *part(batch(0))).backward()
     rows = everywhere(morphc.seeds(model).telemetry()["mean"].tolist())
     assert rows[0] != rows[1]  # each rank's own telemetry: nothing was broadcast over it

@@ -135,3 +135,17 @@ def other_types() -> None:
 
 def test_types_of_slots_and_host_may_differ_and_sharded_slots_are_refused(tmp_path: Path) -> None:
     launch(__file__, "other_types", tmp_path)
+
+
+def nothing_is_recycled() -> None:
+    model = sharded(compiled())
+    grower = morphc.Grower(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), ScheduleController([]), validation
+    )
+    (told,) = grower.recycle("fc1", [0])
+    assert not told
+    assert "sharded among ranks" in str(told)
+
+
+def test_units_of_sharded_layers_are_not_recycled(tmp_path: Path) -> None:
+    launch(__file__, "nothing_is_recycled", tmp_path)
