@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -115,6 +115,9 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maxnreg: int | None = None
     units: int = 0
     pieces: int = 0
+
+
+NO_BLOCK: Final = "no block is known whose last layer it is (every layer of a block has to be watched)"
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

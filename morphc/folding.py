@@ -28,6 +28,7 @@ from morphc.kernels.blueprints.base import get
 from morphc.kernels.blueprints.lowrank import LowRank
 from morphc.kernels.blueprints.widen import Widen
 from morphc.kernels.reference.chunks import bounds
+from morphc.kernels.spec import NO_BLOCK
 from morphc.lifecycle import TABLE, Lifecycle
 from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Block
@@ -262,7 +263,7 @@ def _own_home(layer: nn.Module, path: str, holders: dict[int, int], store: SeedS
 
 def _widen_obstacle(grown: Grown, block: Block | None, plain: nn.Module, holders: dict[int, int]) -> str:
     if block is None or block.obstacle:
-        return block.obstacle if block is not None else "the layer is not the output of a block"
+        return block.obstacle if block is not None else NO_BLOCK
     if grown.blend not in _LINEAR_BLENDS:
         return f"blend {grown.blend!r} is not linear"
     for path in (*block.inputs, block.output):

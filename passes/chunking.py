@@ -31,7 +31,7 @@ from morphc.kernels.blueprints.base import ConvGeometry
 from morphc.kernels.cost import HostLayer, SiteShape
 from morphc.kernels.cost_terms import dtype_bytes
 from morphc.kernels.devices import Device, nominal
-from morphc.kernels.spec import TRANSPOSED, KernelSpec, Layout
+from morphc.kernels.spec import NO_BLOCK, TRANSPOSED, KernelSpec, Layout
 from morphc.passes.plan import Site
 
 MOST_AUTO_SEEDS = 1024
@@ -252,7 +252,7 @@ def site_shape(
         conv=conv,
         activation=block.activation if block else "gelu",
         gated=block is not None and block.kind == "gated",
-        obstacle=block.obstacle if block else "the layer is not the output of a block",
+        obstacle=block.obstacle if block else NO_BLOCK,
     )
 
 

@@ -20,6 +20,7 @@ from morphc.kernels.blueprints.base import Blueprint, Geometry, uniform
 from morphc.kernels.blueprints.convolution import convolve, volume
 from morphc.kernels.reference.activations import activation
 from morphc.kernels.reference.chunks import split
+from morphc.kernels.spec import NO_BLOCK
 
 if TYPE_CHECKING:
     import sympy
@@ -33,7 +34,7 @@ class Widen(Blueprint):
 
     def refuses(self, geometry: Geometry) -> str:
         if geometry.block_obstacle or geometry.tap_features < 1:
-            return geometry.block_obstacle or "the layer is not the output of a block"
+            return geometry.block_obstacle or NO_BLOCK
         for conv in (geometry.block_in, geometry.block_out):
             if conv is not None and conv.groups != 1:
                 return f"a convolution of the block has {conv.groups} groups"

@@ -12,6 +12,7 @@ ranks_candidates = True: it recycles with candidates, for which the Grower looks
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +21,14 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from morphc.config import Config
-from morphc.errors import ConfigError
+from morphc.errors import ConfigError, MorphcWarning
 from morphc.lifecycle import Lifecycle
-from morphc.runtime.moves import free_slots
+from morphc.runtime.moves import banks_of, free_slots
 from morphc.runtime.seeds import Seeds
+from morphc.runtime.store import store_of
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,38 @@ class PlateauController:
         self.cooldown, self.blueprint, self.graft, self.candidates = cooldown, blueprint, graft, candidates
         self.best = math.nan
         self.stalled = self.germinated = self.waiting = 0
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Called by the Grower that it is given to: it has to be able to germinate somewhere. Raises ConfigError."""
+        room: dict[str, int] = {}
+        known: set[str] = set()
+        for path, site in store_of(model).sites.items():
+            banks = banks_of(site)
+            known |= set(banks)
+            name = self.blueprint or next(iter(banks), None)
+            if name in banks:
+                room[path] = banks[name].slots
+        if not room:
+            there = f"; there are banks of {', '.join(sorted(known))}" if known else ""
+            raise ConfigError(
+                f"PlateauController(blueprint={self.blueprint!r}): no site has a bank to germinate from{there}. "
+                "Compile with a Config(blueprint=...) that the layers can have; morphc.report(model) says why not"
+            )
+        short = [path for path, slots in room.items() if slots < self.candidates]
+        told = f"PlateauController(candidates={self.candidates}): a seed takes so many slots, and "
+        way_out = f"; make more with morphc.enlarge(model, slots={self.candidates})"
+        if len(short) == len(room):
+            raise ConfigError(
+                f"{told}no site has more than {max(room.values())}{way_out}, or ask for fewer candidates"
+            )
+        if short:
+            more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+            names = ", ".join(repr(path) for path in short[:3])
+            warnings.warn(
+                f"{told}{names}{more} have fewer: nothing germinates there{way_out}, as far as they have seeds",
+                MorphcWarning,
+                stacklevel=4,
+            )
 
     def decide(self, seen: Observation) -> Sequence[Command]:
         """The commands for this tick."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -10,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from morphc.errors import ConfigError
+from morphc.errors import ConfigError, MorphcWarning
 from morphc.grow.controllers import Command, Controller, Do, Observation, ResetMoments
 from morphc.grow.probes import Activity
 from morphc.grow.tree import clone
 from morphc.lifecycle import Lifecycle
+from morphc.runtime import recycling
 from morphc.runtime.store import store_of
 
 REST: Final = 50
@@ -183,6 +186,17 @@ class RecycleController:
             raise ConfigError(
                 'RecycleController(by="gradient") measures nothing in this model; compile it with '
                 "Config(gradient_telemetry=True)"
+            )
+        reasons = Counter(
+            why for site in store.sites.values() if isinstance(why := recycling.layers_of(store, site), str)
+        )
+        if reasons.total() == len(store.sites) and not self.l2_init:
+            ((why, count),) = reasons.most_common(1)
+            warnings.warn(
+                f"RecycleController: nothing in this model can be recycled; of {count} of its {len(store.sites)} "
+                f"sites: {why}. SiteHandle.why_not_recycled tells of each",
+                MorphcWarning,
+                stacklevel=4,
             )
         if self.pull is not None:
             self.pull.handle.remove()

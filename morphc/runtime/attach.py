@@ -204,7 +204,7 @@ def detach_(root: nn.Module) -> None:
     root, store = found(root)
     for site in store.sites.values():
         store.set_mode(site, Mode.DORMANT)
-    show_to_ddp(root, CHILD)
+    show_to_ddp(root.__dict__, CHILD)
     for module in root.modules():
         restore_forward(module)
     for forward in reversed(store.wrapped):

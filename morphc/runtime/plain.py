@@ -10,6 +10,7 @@ from torch import nn
 from morphc.runtime import fastpath
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.regions import RegionForward
+from morphc.runtime.sharded import show_to_ddp
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import CHILD, SeedRoot, load_hook, loaded_hook, save_hook
 
@@ -24,6 +25,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         if forward is not None:
             attributes["forward"] = forward
     attributes.pop(CHILD, None)
+    show_to_ddp(attributes, CHILD)
     saved = attributes.pop(fastpath._SAVED, None)
     if saved is not None:
         attributes["use_nested_tensor"] = saved

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from morphc.kernels.blueprints.base import ConvGeometry, Geometry
 from morphc.kernels.reference.activations import activation
 from morphc.kernels.reference.chunks import widest
-from morphc.kernels.spec import Block
+from morphc.kernels.spec import NO_BLOCK, Block
 
 # What `SeedRoot` keeps under its own names, and an nn.Module in its instances.
 _TAKEN = frozenset({"seeds", "slots", "store", "site", "training"})
@@ -67,7 +67,7 @@ def geometry_of(request: SiteRequest, rank: int, root: nn.Module, tap: str = "ch
         return Geometry(**base, tap_features=request.tap_features, layer_conv=conv)
     block = request.block
     if tap == "block" and block is None:
-        return Geometry(**base, tap_features=0, block_obstacle="the layer is not the output of a block")
+        return Geometry(**base, tap_features=0, block_obstacle=NO_BLOCK)
     if tap == "block" and block is not None:
         first, last = root.get_submodule(block.inputs[0]), root.get_submodule(block.output)
         conv_block = block.kind == "conv"

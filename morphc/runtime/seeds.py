@@ -13,7 +13,7 @@ from morphc.errors import MorphcError, SeedError, did_you_mean
 from morphc.kernels.reference.chunks import bounds
 from morphc.kernels.reference.health import HEALTH
 from morphc.kernels.reference.lifecycle import HISTORY
-from morphc.lifecycle import Lifecycle, Mode
+from morphc.lifecycle import TABLE, Lifecycle, Mode
 from morphc.runtime import commands, moves, recycling, ticking
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.commands import Metrics, Transition
@@ -156,7 +156,10 @@ class SiteHandle:
         return out
 
     def cancel(self, indices: Indices) -> list[Transition]:
-        """Give up before anything was grafted: GERMINATED or TRAINING -> CANCELLED. The slots are free again."""
+        """Give up before anything was grafted: GERMINATED or TRAINING -> CANCELLED. The slots are free again.
+
+        The minimum ticks of the state count; `rollback` doesn't wait.
+        """
         return self._ungated(indices, Lifecycle.CANCELLED)
 
     def prune(self, indices: Indices) -> list[Transition]:
@@ -215,6 +218,8 @@ class SiteHandle:
         for seed, move in planned.items():
             if not move.keep:
                 moves.release(self.site, seed)
+            elif move.bank is not None and TABLE[target].trains != "isolated":
+                moves.release(self.site, seed, keep=(move.bank, move.slot))  # other candidates'
             if move.bank is not None and not move.keep:
                 moves.take(self.site, move.bank, move.slot, seed, draws[seed])
             numbers.append(-1 if move.bank is None else moves.number_of(self.site, move.bank, move.slot))

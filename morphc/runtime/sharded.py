@@ -83,12 +83,11 @@ def hide_from_ddp(root: nn.Module, names: Iterable[str]) -> None:
     root.__dict__[TO_IGNORE] = [*known, *(name for name in names if name not in known)]
 
 
-def show_to_ddp(root: nn.Module, child: str) -> None:
-    """Inverse of `hide_from_ddp` for names below a child `child`."""
-    known: Any = root.__dict__.pop(TO_IGNORE, ())
-    left = [name for name in known if child not in name.split(".")]
+def show_to_ddp(attributes: dict[str, Any], child: str) -> None:
+    """Inverse of `hide_from_ddp`, in a root's `vars`, for names below a child `child`."""
+    left = [name for name in attributes.pop(TO_IGNORE, ()) if child not in name.split(".")]
     if left:
-        root.__dict__[TO_IGNORE] = left
+        attributes[TO_IGNORE] = left
 
 
 def check_unsharded(store: SeedStore) -> None:

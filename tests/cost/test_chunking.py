@@ -300,7 +300,7 @@ def test_widen_needs_a_block() -> None:
     config = Config(blueprint=("widen", "affine"))
     block = Block(inputs=("fc1",), output="fc2", activation="relu", kind="linear", hidden=512)
     bare, inside = plan_chunks((make_site(), make_site(block=block)), config, devices.CPU)
-    assert "no widen: the layer is not the output of a block" in bare.note
+    assert "no widen: no block is known whose last layer it is" in bare.note
     assert "widen" not in inside.note
     assert [spec.blueprint for spec in specs((bare,), config, kinds=["forward"])] == ["affine"]
 

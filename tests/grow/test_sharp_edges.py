@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import morphc
 from morphc import Config, Lifecycle
+from morphc.errors import ConfigError, MorphcWarning
 from morphc.grow.controllers import Germinate
+from morphc.grow.recycler import RecycleController
 
 L = Lifecycle
 PACKAGE = Path(morphc.__file__).parent
@@ -330,3 +332,47 @@ def test_growing_leaves_the_process_as_it_was() -> None:
     run.grower.restore(snapshot)
     assert surroundings() == before
     assert L.FINE_TUNING in run.moves
+
+
+def test_a_plateau_controller_that_can_germinate_nowhere_is_refused():
+    model = compiled_for_controllers(slots=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(
+        ConfigError, match=r"candidates=3\): .* no site has more than 2; .*enlarge\(model, slots=3\)"
+    ):
+        morphc.Grower(model, optimizer, morphc.PlateauController(candidates=3), evaluate=lambda net: 0.0)
+    with pytest.raises(
+        ConfigError, match=r"blueprint='widen'\): no site has a bank .*there are banks of bottleneck"
+    ):
+        morphc.Grower(model, optimizer, morphc.PlateauController(blueprint="widen"), evaluate=lambda net: 0.0)
+    morphc.enlarge(model, slots=3)  # the last layer has two features, and so two seeds
+    with pytest.warns(
+        MorphcWarning, match=r"candidates=3\): .* and '2' have fewer: nothing germinates there"
+    ):
+        morphc.Grower(model, optimizer, morphc.PlateauController(candidates=3), evaluate=lambda net: 0.0)
+
+
+def test_a_recycle_controller_with_nothing_to_recycle_says_so():
+    host = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    model = morphc.compile(host, (torch.zeros(2, 4),), config=morphc.Config(seeds_per_layer=4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.warns(
+        MorphcWarning, match=r"nothing .* can be recycled; of 1 of its 1 sites: no layer is known that"
+    ):
+        morphc.Grower(model, optimizer, RecycleController())
+
+
+@pytest.mark.parametrize("state", [Lifecycle.GRAFTING, Lifecycle.FOSSILIZED])
+def test_a_seed_with_candidates_that_is_put_further_keeps_one_slot(state):
+    site = morphc.seeds(compiled_for_controllers(slots=3))["0"]
+    site.germinate([1], candidates=3)
+    site.assign([1], Lifecycle.TRAINING)
+    assert site.slots["bottleneck"].owner.tolist() == [1, 1, 1]
+    site.assign([1], state)
+    assert site.slots["bottleneck"].owner.tolist() == [1, -1, -1]
+
+
+def compiled_for_controllers(slots):
+    host = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    config = morphc.Config(seeds_per_layer=4, slots=slots, blueprint="bottleneck")
+    return morphc.compile(host, (torch.zeros(2, 4),), config=config)
