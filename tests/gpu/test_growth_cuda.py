@@ -116,7 +116,8 @@ def test_no_step_between_ticks_reads_the_device(blueprint: str) -> None:
 
 def test_a_tick_is_one_launch_for_all_sites() -> None:
     layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(12))).cuda()
-    model = morphc.compile(layers, (torch.zeros(2, 16, device="cuda"),), config=Config(seeds_per_layer=8))
+    config = Config(seeds_per_layer=8, slots=2)
+    model = morphc.compile(layers, (torch.zeros(2, 16, device="cuda"),), config=config)
     seeds = morphc.seeds(model)
     for site in seeds.sites.values():
         site.assign([0, 3], Lifecycle.TRAINING)
