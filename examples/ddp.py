@@ -5,6 +5,7 @@ slots, rank 0 decides, and nothing is wrapped again when a seed grows. Some seco
 """
 
 import os
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 STEPS, ROWS = 800, 64
 
 torch.manual_seed(0)
-teacher = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
 model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
 example_inputs = (torch.zeros(2, 8),)
 
 
+@cache
+def teacher() -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    made = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.uniform_(-0.35, 0.35, generator=generator)
+    return made
+
+
 def batch(step: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(step))
-    with torch.no_grad():
-        return x, teacher(x)
+    return x, teacher()(x)
 
 
 def main() -> None:

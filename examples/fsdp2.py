@@ -7,6 +7,7 @@ rank 0 gathers the model and folds it. By `python examples/fsdp2.py` it is one r
 
 import argparse
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,15 +34,22 @@ class Net(nn.Module):
 
 
 torch.manual_seed(0)
-teacher = Net(inner=32)
 model = Net()
 example_inputs = (torch.zeros(2, 8),)
 
 
+@cache
+def teacher() -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    made = Net(inner=32).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.uniform_(-0.35, 0.35, generator=generator)
+    return made
+
+
 def batch(step: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(step))
-    with torch.no_grad():
-        return x, teacher(x)
+    return x, teacher()(x)
 
 
 def main() -> None:
