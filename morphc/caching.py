@@ -89,7 +89,7 @@ class Cache:
         if text.lstrip().startswith("{"):
             try:
                 return msgspec.json.decode(text, type=KernelSpec), None
-            except msgspec.MsgspecError as error:
+            except place.UNREADABLE as error:
                 raise CacheError(f"this is no spec of a kernel: {error}") from error
         try:
             name = inventory.resolve(self.root, text)

@@ -133,7 +133,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 writer = f" (it was made by morphc {head.morphc_version or '?'}, this is {__version__})"
             check_schema(head.schema_version, head.morphc_version)
             return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PlanError(f"this is no plan of morphc: {error}{writer}") from error
 
 

@@ -73,6 +73,8 @@ def export(
     words: keys, names or their beginnings; none: all entries. arch: only forms compiled for it. Raises CacheError; a
     damaged entry is refused, with its name.
     """
+    if not path.name or path.is_dir():
+        raise CacheError(f"{str(path)!r} is no name of a file; give one such as kernels.tar.gz")
     chosen = [inventory.resolve(root, word) for word in words] if words else inventory.names(root)
     index, data = pack(root, chosen, arch, zipped=path.suffix in (".gz", ".tgz"))
     fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -258,7 +260,7 @@ def _index(data: bytes) -> Index:
                 f"its schema is {schema}, this morphc ({__version__}) reads {place.SCHEMA}; {way}"
             )
         index = msgspec.json.decode(data, type=Index)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise BundleError(f"{INDEX} is damaged: {error}") from error
     if _check(index) != index.check:
         raise BundleError(f"{INDEX} is damaged: its own checksum doesn't fit")

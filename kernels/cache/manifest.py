@@ -91,7 +91,7 @@ def read(folder: Path | str) -> tuple[Manifest, float]:
         raise DamagedError(f"{NAME} is missing") from error
     try:
         found = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise DamagedError(f"{NAME} is damaged: {error}") from error
     if found.schema != place.SCHEMA:
         raise DamagedError(f"{NAME} has the schema {found.schema}; this morphc reads {place.SCHEMA}")
@@ -120,7 +120,7 @@ def glance(folder: str) -> tuple[Glance, float]:
         return _glance_decoder.decode(data), used
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(f"{NAME} is missing") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise DamagedError(f"{NAME} is damaged: {error}") from error
 
 
@@ -134,7 +134,7 @@ def layers(folder: str) -> tuple[str, ...]:
         return _layers_decoder.decode(place.read(f"{folder}/{PROVENANCE}", _MOST)).layers
     except FileNotFoundError as error:
         raise DamagedError(f"{PROVENANCE} is missing") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise DamagedError(f"{PROVENANCE} is damaged: {error}") from error
 
 
@@ -183,7 +183,7 @@ def provenance(folder: Path | str) -> Provenance:
         found = _provenance_decoder.decode(place.read(f"{folder}/{PROVENANCE}", _MOST))
     except FileNotFoundError as error:
         raise DamagedError(f"{PROVENANCE} is missing") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise DamagedError(f"{PROVENANCE} is damaged: {error}") from error
     if _check(found) != found.check:
         raise DamagedError(f"{PROVENANCE} is not what was put there: its checksum doesn't fit")

@@ -22,6 +22,9 @@ SCHEMA: Final = 1
 LARGEST: Final = 64 << 20
 """Bytes of the largest file that is read: a kernel's binary has some tens of thousands."""
 
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding JSON may raise; the last one where it is nested deeper than Python's stack."""
+
 _STAGED = "."
 
 

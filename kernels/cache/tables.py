@@ -86,7 +86,7 @@ def decode(data: bytes, name: str) -> Table:
     """Raises DamagedError."""
     try:
         found = msgspec.json.decode(data, type=Table)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except place.UNREADABLE as error:
         raise DamagedError(f"{name} is damaged: {error}") from error
     if found.schema != place.SCHEMA:
         raise DamagedError(f"{name} has the schema {found.schema}; this morphc reads {place.SCHEMA}")

@@ -291,6 +291,9 @@ class TestHostile:
         data += b"\0" * (-len(data) % 512) + packed({name: files[name]})
         self.refuse(tmp_path, data, "holds twice")
 
+    def test_an_index_nested_too_deep(self, tmp_path: Path) -> None:
+        self.refuse(tmp_path, packed({"bundle.json": b'{"zz":' + b"[" * 100_000}), "damaged: .*recursion")
+
     @pytest.mark.parametrize("kept", [0.3, 0.9])
     @pytest.mark.parametrize("pack", [gzip.compress, bytes])
     def test_one_that_was_cut_off(
@@ -313,3 +316,9 @@ def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
 def test_a_place_that_can_not_be_written(filled: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="can't be written"):
         Cache(filled).export(tmp_path / "no" / "folder.tar")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_name_that_is_no_file(filled: Path, path: str) -> None:
+    with pytest.raises(CacheError, match=r"no name of a file; give one such as kernels\.tar\.gz"):
+        Cache(filled).export(path)

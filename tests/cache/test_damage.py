@@ -56,7 +56,12 @@ def make_pipe(path: Path, aside: Path) -> None:
     os.mkfifo(path)
 
 
-WAYS = (truncate, flip, empty, remove, link, add_code, make_pipe)
+def nest(path: Path, aside: Path) -> None:
+    """Deeper than what reads JSON goes."""
+    path.write_bytes(b'{"schema":1,"made_from":{"a":' + b"[" * 100_000)
+
+
+WAYS = (truncate, flip, empty, remove, link, add_code, make_pipe, nest)
 Damage = Callable[[Path, Path], None]
 
 
