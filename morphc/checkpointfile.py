@@ -241,6 +241,7 @@ def _plain(name: str, value: Any) -> Tensor:
         )
     if type(tensor) is not Tensor:
         raise CheckpointError(
-            f"{name!r} is a {type(value).__name__}, which safetensors can't hold; gather it first"
+            f"{name!r} is a {type(value).__name__}, which safetensors can't hold; gather it first, "
+            "or save with morphc.integrations.dcp"
         )
     return tensor.resolve_conj().resolve_neg()

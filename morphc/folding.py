@@ -34,6 +34,7 @@ from morphc.passes.clone import clone_tree
 from morphc.passes.plan import Block
 from morphc.runtime.plain import plain_attributes, plain_value
 from morphc.runtime.requests import SiteRequest
+from morphc.runtime.sharded import is_dtensor
 from morphc.runtime.site import SeedSite
 from morphc.runtime.store import SeedStore, root_of, store_of
 
@@ -85,6 +86,12 @@ def fold(model: M) -> M:
     Raises NotMorphedError, and FoldError naming site, seeds and reason.
     """
     store, root = store_of(model), root_of(model)
+    sharded = next((name for name, param in root.named_parameters() if is_dtensor(param)), None)
+    if sharded is not None:
+        raise FoldError(
+            f"{sharded!r} is sharded among ranks: gather the state dict (get_model_state_dict with "
+            "full_state_dict=True), load it into the model compiled without sharding, and fold that (examples/fsdp2.py)"
+        )
     plain: Any = _plain(root)
     steps = _steps(store, root, plain)
     for step in steps:

@@ -128,8 +128,10 @@ class Grower:
         check_unsharded(self.store)
         self.store.shared = not self.ranks.alone
         self.ranks.agree_on_setup(
+            model,
             self.store,
             {
+                "optimizer": type(optimizer).__name__,
                 "tick_every": tick_every,
                 "better": better,
                 "evaluate": "given" if evaluate is not None else "None",

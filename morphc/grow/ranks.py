@@ -38,7 +38,9 @@ from morphc.kernels.reference.health import (
 )
 from morphc.kernels.reference.telemetry import Sums
 from morphc.lifecycle import TRAINS, Lifecycle, Mode
+from morphc.runtime.sharded import is_dtensor, reshard
 from morphc.runtime.state import merge
+from morphc.runtime.store import CHILD
 
 if TYPE_CHECKING:
     from morphc.grow.evaluation import Evaluate
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from morphc.runtime.store import SeedStore
 
 T = TypeVar("T")
+_PART = 1 << 22
 ProcessGroup = Any  # of torch.distributed, which a build of torch may lack
 
 _PARTS = {"ss": 1, "xx": 1, "gram": 1, "gg": -1, "site": -1}
@@ -152,10 +155,12 @@ class Ranks:
             except Exception as raised:
                 error = raised
             metric, failed = self.mean([value, 0.0 if error is None else 1.0])
-            if error is not None:
-                raise error
             if failed:
-                raise RankError("evaluate raised an error on another rank, which says what")
+                said = self.told("" if error is None else f"{type(error).__name__}: {error}")
+                if error is not None:
+                    raise error
+                rank = next(rank for rank, text in enumerate(said) if text)
+                raise RankError(f"evaluate raised on rank {rank}: {said[rank]}")
             return metric
 
         return together
@@ -277,7 +282,7 @@ class Ranks:
 
     # -- agreement -------------------------------------------------------------------------------------------
 
-    def agree_on_setup(self, store: SeedStore, options: dict[str, Any]) -> None:
+    def agree_on_setup(self, model: nn.Module, store: SeedStore, options: dict[str, Any]) -> None:
         """All ranks have the same sites, configuration, options, kernel configs and seeds. Raises RankError."""
         if self.group is None:
             return
@@ -298,6 +303,11 @@ class Ranks:
             _lines({name: msgspec.to_builtins(config) for name, config in known.items()}),
             "kernels that work differently differ in their last bits; let morphc.tune tune on one rank for all, or "
             "give every rank the same cache or plan",
+        )
+        self.same(
+            "the host's weights",
+            f"fingerprint {_host(model)}",
+            "make the Grower after DDP or fully_shard has wrapped the model, or load the same weights on every rank",
         )
         self.agree(store)
 
@@ -341,11 +351,28 @@ def _fingerprint(store: SeedStore) -> list[int]:
         for _, bank in site.slots.items():
             told.update(str(bank.owner.tolist()).encode())
             held = bank.owner >= 0
-            for param in bank.parameters():
-                whole = param.detach()[held].contiguous().view(torch.uint8).to(torch.int64)
-                place = torch.arange(1, whole[0].numel() + 1, device=whole.device) if len(whole) else whole
-                bits += int((whole.flatten(1) * place).sum()) if len(whole) else 0
+            bits += sum(_bits(param.detach()[held]) for param in bank.parameters())
     return [int.from_bytes(told.digest()[:7], "big"), bits & (2**62 - 1)]
+
+
+def _bits(tensor: Tensor) -> int:
+    """A number that other bits, or the same in another order, would most likely change."""
+    whole = tensor.detach().contiguous().flatten().view(torch.uint8)
+    found = torch.zeros((), dtype=torch.int64, device=whole.device)
+    for number, part in enumerate(torch.split(whole, _PART), 1):  # int64 takes eight times the memory
+        place = torch.arange(len(part), device=part.device) % 8191 + 1
+        found = found + number * (part.to(torch.int64) * place).sum()
+    return int(found)
+
+
+def _host(model: nn.Module) -> str:
+    """Of the bits of the host's parameters that every rank has whole."""
+    reshard(model)
+    own = [(name, param) for name, param in model.named_parameters() if CHILD not in name.split(".")]
+    told = "".join(
+        f"{name} {_bits(param)};" for name, param in own if not is_dtensor(param) and not param.is_meta
+    )
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def _described(store: SeedStore) -> dict[str, str]:

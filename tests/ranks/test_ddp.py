@@ -216,6 +216,11 @@ def disagreements() -> None:
     told = r"the sites differ .*fc1: 12 features, 4 seeds.*bottleneck': 2.* rank 1 has .*bottleneck': 3.*plan"
     with pytest.raises(RankError, match=told):
         grower(enlarged(2 + rank))
+    model = compiled()
+    with torch.no_grad():
+        model.fc2.bias += rank
+    with pytest.raises(RankError, match=r"the host's weights differ .* after DDP or fully_shard has wrapped"):
+        grower(model)
     told = r"the Growers' options differ .*'tick_every: 1', rank 1 has 'tick_every: 2'"
     with pytest.raises(RankError, match=told):
         grower(compiled(), tick_every=1 + rank)
@@ -247,7 +252,11 @@ def disagreements() -> None:
 
     one = grower(compiled(), evaluate=refuses)
     one.seeds["fc1"].assign([2], Lifecycle.EVALUATING)
-    error, told = (RankError, "another rank") if rank == 0 else (ZeroDivisionError, "mine")
+    error, told = (
+        (RankError, "evaluate raised on rank 1: ZeroDivisionError: mine")
+        if rank == 0
+        else (ZeroDivisionError, "mine")
+    )
     with pytest.raises(error, match=told):
         steps(one, 3)
 

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import morphc
-from morphc.errors import RankError
+from morphc.errors import FoldError, RankError
 from morphc.grow.controllers import Germinate, ScheduleController
 from morphc.runtime.sharded import is_dtensor
 
@@ -145,6 +145,8 @@ def nothing_is_recycled() -> None:
     (told,) = grower.recycle("fc1", [0])
     assert not told
     assert "sharded among ranks" in str(told)
+    with pytest.raises(FoldError, match=r"'scale' is sharded among ranks: gather"):
+        morphc.fold(model)
 
 
 def test_units_of_sharded_layers_are_not_recycled(tmp_path: Path) -> None:
