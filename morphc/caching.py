@@ -65,6 +65,7 @@ class Cache:
         """
         from morphc.kernels import wanted
 
+        inventory.names(self.root)  # one that can't be read at all is no miss
         like: dict[str, Any] | None = None
         if isinstance(spec, str):
             spec, like = self._spec_of(spec)
@@ -102,13 +103,18 @@ class Cache:
             told, _ = manifest.read(store.kernels(self.root) / name)
             return msgspec.convert(told.made_from["spec"], KernelSpec), dict(told.made_from)
         except (OSError, DamagedError, KeyError, msgspec.ValidationError) as error:
-            raise CacheError(f"{name} can't be read: {error}; give the kernel's name instead") from error
+            try:
+                return KernelSpec.from_name(name.rpartition("-")[0]), None
+            except ValueError:
+                raise CacheError(
+                    f"{name} can't be read: {error}; morphc cache prune removes what is damaged"
+                ) from error
 
     def _notes(self, folder: Path) -> Iterator[str]:
         targets: dict[str, set[str]] = {}
         for where, target in inventory.binary_folders(str(folder)):
             try:
-                told, _ = manifest.read(where)
+                told = manifest.verify(Path(where), "binary")
             except (OSError, DamagedError) as error:
                 yield f"{os.path.basename(where)} is damaged: {error}"
                 continue

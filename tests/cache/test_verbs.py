@@ -94,6 +94,17 @@ class TestLs:
         assert max(map(len, lines[:-1])) <= 100
         assert "damaged: provenance.json" in lines[2] or "damaged: provenance.json" in lines[1]
 
+    def test_what_moves_the_cursor_is_not_printed(self, cli: Callable[..., Ran], root: Path) -> None:
+        entry = inventory.entries(root)[0]
+        told = manifest.Provenance(("a\x1b[31m\nb",), ("x.py:1\x1b]0;t\x07",))
+        (Path(entry.folder) / manifest.PROVENANCE).write_bytes(manifest.sealed(told))
+        shown = cli("cache", "show", entry.key, "--no-source").out
+        assert "a?[31m?b" in shown
+        assert "x.py:1?]0;t?" in shown
+        listed = cli("cache", "ls").out
+        assert len(listed.splitlines()) == 5
+        assert "\x1b" not in shown + listed
+
     def test_json_has_all_of_it(self, cli: Callable[..., Ran], root: Path) -> None:
         found: list[dict[str, Any]] = json.loads(cli("cache", "ls", "--json").out)
         assert [one["name"] for one in found] == [f"forward_own_h{n}_s3_k2_r5_fp32" for n in (11, 12, 40)]
@@ -222,10 +233,25 @@ class TestWhyMiss:
         made = active.source(self.SITE)
         entry = publish(made).parent
         form = {"function": "forward", "target": "cuda:90", "triton": "3.1.0"}
-        store.put_binary(entry, form, {"kernel.cubin": b"x"}, {})
+        folder = store.put_binary(entry, form, {"kernel.cubin": b"x"}, {})
         found = morphc.cache().why_miss(self.SITE)
         assert found.found
         assert "compiled by triton 3.1.0, here is" in found.notes[0]
+        (folder / "kernel.cubin").unlink()
+        assert "is damaged: kernel.cubin is missing" in morphc.cache().why_miss(self.SITE).notes[0]
+
+    def test_a_damaged_one_is_found_by_its_name(self, cli: Callable[..., Ran], fresh_cache: Path) -> None:
+        entry = publish(active.source(self.SITE)).parent
+        (entry / "manifest.json").write_text("")
+        ran = cli("cache", "why-miss", self.SITE.name)
+        assert ran.status == 1
+        assert "it is damaged: manifest.json is damaged" in ran.out
+
+    def test_a_cache_that_is_a_file(self, cli: Callable[..., Ran], fresh_cache: Path) -> None:
+        fresh_cache.write_text("")
+        ran = cli("cache", "why-miss", self.SITE.name)
+        assert (ran.status, ran.out) == (2, "")
+        assert "can't be read: Not a directory" in ran.err
 
     def test_an_empty_cache(self, cli: Callable[..., Ran], fresh_cache: Path) -> None:
         ran = cli("cache", "why-miss", self.SITE.name)
