@@ -7,6 +7,7 @@ events. Reported is the loss on the held-out text at the end, in bits per charac
 over those of the wide one.
 
     python -m benchmarks.growth.f_chars [--seconds 270] [--workers 4]     # a GPU, if there is one
+    python -m benchmarks.growth.f_chars --small --seconds 6000            # ten minutes a seed on a CPU's core
     python -m benchmarks.growth.f_chars --tiny                            # a minute on a CPU
 """
 
@@ -56,6 +57,7 @@ class Setting:
         return (self.wide - self.narrow) // len(EVENTS)
 
 
+SMALL = Setting(64, 4, 4, 64, narrow=64, wide=256, batch=32, steps=900, isolated=60, evaluations=30)
 TINY = Setting(32, 2, 2, 32, narrow=32, wide=64, batch=8, steps=150, isolated=10, evaluations=10)
 
 
@@ -260,6 +262,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a model and a run that a CPU does in a minute")
+    parser.add_argument("--small", action="store_true", help="a model that a CPU trains in some minutes")
     parser.add_argument("--seeds", type=int, default=12, help="at most so many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=270.0, help="when to stop; whole seeds count")
@@ -270,11 +273,12 @@ def main() -> None:
     arguments = parser.parse_args()
     until = time.time() + arguments.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = TINY if arguments.tiny else Setting()
+    setting = TINY if arguments.tiny else SMALL if arguments.small else Setting()
     setting = replace(setting, steps=arguments.steps or setting.steps)
-    results = Results("f_chars", arguments, steps=setting.steps, batch=setting.batch, context=setting.context)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    machine = f"torch {torch.__version__}, {name}"
+    name = "f_chars_small" if arguments.small else "f_chars"
+    results = Results(name, arguments, steps=setting.steps, batch=setting.batch, context=setting.context)
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    machine = f"torch {torch.__version__}, {hardware}"
     context = processes.get_context("spawn")
     seeds, done = context.Queue(), context.Queue()
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):

@@ -151,6 +151,30 @@ def f_chars(methods: Methods) -> list[str]:
     ]
 
 
+def characters(name: str, title: str, sizes: str, narrow: int, wide: int, command: str) -> Experiment:
+    """The character experiment at one size."""
+    return Experiment(
+        name=name,
+        title=title,
+        text=(
+            f"A decoder ({sizes}, AdamW 2e-3 with a cosine) on the text of `pydoc_data.topics`; every tenth topic is "
+            f"held out, and no paragraph of it is trained on. Its feed-forward layers are {narrow} wide, {wide} wide, "
+            f"or grow from {narrow} to {wide} in four events. Ours trains a `widen` "
+            "seed behind each of them for 60 steps beside the host, grafts it refitted, at the strength of least loss "
+            "on one batch, and folds it; `where it helps most` trains seeds twice as large and grafts half of them, "
+            "which take most of the squared gradient there. `widened by zeros` adds units with random incoming and "
+            "zero outgoing weights at the same shares of the run. `equal compute` trains for more steps, `equal steps` "
+            "doesn't. Multiply-adds are those of training, seeds counted, over those of the wide one."
+        ),
+        command=command,
+        score="bits per character",
+        higher=False,
+        ours=(DECODER, PLACED),
+        axis=("share of the run", 1 / 30),
+        verdict=f_chars,
+    )
+
+
 EXPERIMENTS = (
     Experiment(
         name="teacher_student",
@@ -256,24 +280,20 @@ EXPERIMENTS = (
         smooth=3,
         verdict=mnist1d_growth,
     ),
-    Experiment(
-        name="f_chars",
-        title="F. Characters",
-        text=(
-            "A decoder (4 blocks, 128 features, 4 heads, context 128, batches of 64, AdamW 2e-3 with a cosine) on the "
-            "text of `pydoc_data.topics`; every tenth topic is held out, and no paragraph of it is trained on. Its "
-            "feed-forward layers are 128 wide, 512 wide, or grow from 128 to 512 in four events. Ours trains a `widen` "
-            "seed behind each of them for 60 steps beside the host, grafts it refitted, at the strength of least loss "
-            "on one batch, and folds it; `where it helps most` trains seeds twice as large and grafts two, which take "
-            "most of the squared gradient there. `widened by zeros` adds units with random incoming and zero "
-            "outgoing weights at the same shares of the run. `equal compute` trains for more steps, `equal steps` "
-            "doesn't. Multiply-adds are those of training, seeds counted, over those of the wide one."
-        ),
-        command="python -m benchmarks.growth.f_chars",
-        score="bits per character",
-        higher=False,
-        ours=(DECODER, PLACED),
-        axis=("share of the run", 1 / 30),
-        verdict=f_chars,
+    characters(
+        "f_chars",
+        "F. Characters",
+        "4 blocks, 128 features, 4 heads, context 128, batches of 64",
+        128,
+        512,
+        "python -m benchmarks.growth.f_chars",
+    ),
+    characters(
+        "f_chars_small",
+        "F. Characters, small, on a CPU",
+        "4 blocks, 64 features, 4 heads, context 64, batches of 32",
+        64,
+        256,
+        "python -m benchmarks.growth.f_chars --small --seconds 6600 --workers 1 --seeds 5",
     ),
 )

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from morphc.kernels.blueprints.base import Blueprint, Geometry, uniform
 from morphc.kernels.blueprints.convolution import convolve, volume
 from morphc.kernels.reference.chunks import split
+from morphc.kernels.reference.tap import products
 
 if TYPE_CHECKING:
     import sympy
@@ -67,7 +68,7 @@ class LowRank(Blueprint):
         return geometry.layer_conv is None
 
     def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        return torch.matmul(x, params["in_weight"])
+        return products(x, params["in_weight"])
 
     def is_homogeneous(self, geometry: Geometry) -> bool:
         return True

@@ -20,6 +20,7 @@ from morphc.kernels.blueprints.base import Blueprint, Geometry, uniform
 from morphc.kernels.blueprints.convolution import convolve, volume
 from morphc.kernels.reference.activations import activation
 from morphc.kernels.reference.chunks import split
+from morphc.kernels.reference.tap import products
 from morphc.kernels.spec import NO_BLOCK
 
 if TYPE_CHECKING:
@@ -83,10 +84,10 @@ class Widen(Blueprint):
 
     def basis(self, x: Tensor, params: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         act = activation(geometry.activation)
-        hidden = torch.matmul(x, params["in_weight"]) + params["in_bias"].unsqueeze(1)
+        hidden = products(x, params["in_weight"]) + params["in_bias"].unsqueeze(1)
         if not geometry.gated:
             return act(hidden)
-        gate = torch.matmul(x, params["gate_in_weight"]) + params["gate_in_bias"].unsqueeze(1)
+        gate = products(x, params["gate_in_weight"]) + params["gate_in_bias"].unsqueeze(1)
         return act(gate) * hidden
 
     def is_homogeneous(self, geometry: Geometry) -> bool:

@@ -252,7 +252,9 @@ def step(
         return True
     steps = bank.opt.step if rows is None else bank.opt.step[rows]
     done = int(steps[0])
-    norms = torch._foreach_norm(given, float("inf"))
+    # It may overflow where all is finite: then that step is made the other way. Looking at the largest entry instead
+    # takes 25 times as long.
+    norms = torch._foreach_norm(given)
     if not bool((steps == done).all()) or not bool(torch.stack(norms).isfinite().all()):
         return False
     params: list[Tensor] = [bank.get_parameter(key) for key in grads]
