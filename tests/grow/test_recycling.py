@@ -302,6 +302,19 @@ def test_candidates_without_a_batch_are_refused_with_the_reason():
         grower.recycle("0", [1], candidates=0)
 
 
+def test_candidates_on_a_batch_without_rows_are_refused_with_the_reason():
+    _, model = grown(**UNITS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Once(1, "0", (1,), 8), tick_every=4)
+    for rows in (8, 8, 8, 0):
+        loss = model(torch.randn(rows, 6)).square().sum()
+        loss.backward()
+        event = grower.step(loss)
+    (refused,) = event.transitions
+    assert refused.gate == "candidates"
+    assert "no rows" in refused.reason
+
+
 def test_recycling_needs_no_grower():
     _, model = grown(**UNITS)
     task = Task()
