@@ -33,10 +33,11 @@ from morphc.grow.controllers import (
     ResetMoments,
     States,
 )
-from morphc.grow.evaluation import Evaluate
+from morphc.grow.evaluation import Evaluate, number
 from morphc.grow.hostrates import HostRates
 from morphc.grow.linesearch import Refit
 from morphc.grow.measuring import Measuring
+from morphc.grow.patience import give_up
 from morphc.grow.probes import Choice, Probes
 from morphc.grow.ranks import ProcessGroup, ranks_of
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
@@ -51,7 +52,7 @@ from morphc.grow.snapshot import (
 )
 from morphc.grow.tree import clone
 from morphc.lifecycle import Lifecycle
-from morphc.runtime import grafts, recycling, ticking
+from morphc.runtime import recycling, ticking
 from morphc.runtime.commands import Transition
 from morphc.runtime.seeds import Seeds
 from morphc.runtime.sharded import check_unsharded
@@ -113,9 +114,17 @@ class Grower:
             raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
         if better not in ("lower", "higher"):
             raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
+        if evaluate is not None and not callable(evaluate):
+            raise ConfigError(
+                f"evaluate={evaluate!r} is no function; give one of the model, that returns a metric"
+            )
         self.ranks = ranks_of(process_group, batches_per_step)
         self.model, self.optimizer = model, optimizer
-        self.evaluate = self.ranks.evaluating(evaluate) if evaluate is not None else None
+        self.evaluate: Evaluate | None = None
+        if evaluate is not None:
+            self.evaluate = self.ranks.evaluating(
+                lambda net: number(evaluate(net), "what evaluate= returned")
+            )
         self.controller: Controller = controller if controller is not None else PlateauController()
         self.scaler, self.scheduler, self.on_recycle = scaler, scheduler, on_recycle
         self.tick_every, self.lower = tick_every, better == "lower"
@@ -143,6 +152,7 @@ class Grower:
         self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
         self._recycled_at = 0
+        self._warned: set[str] = set()
         self._closure: Callable[[], Tensor | float] | None = None
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
         self.rates = HostRates(model, optimizer, scaler, self.config.seed_lr)
@@ -174,8 +184,11 @@ class Grower:
         closure: computes the loss of this step's batch anew. It is called only where a graft begins, in eval mode and
         without gradients, to find the size of what is grafted (see `morphc.grow.linesearch`).
         """
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            value = loss.detach()
+        else:
+            value = torch.tensor(number(loss, "the loss given to step"))
         self._closure = closure
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if value.device != self._window.device and self._window.device != self.device:
             self._window = self._window.to(self.device)
         self._window[self.steps % self.tick_every].copy_(value.reshape(()), non_blocking=True)
@@ -206,7 +219,7 @@ class Grower:
 
         With several ranks each tells its own, and the mean counts.
         """
-        (metric,) = self.ranks.mean([float(val_metric)])
+        (metric,) = self.ranks.mean([number(val_metric, "the metric given to epoch")])
         event = Event(self.steps)
         told = [cohort for cohort in self.cohorts.open if cohort.metric is not None]
         if told:
@@ -247,7 +260,7 @@ class Grower:
         self._prepare(grafted)
         event = Event(self.steps, ticking.run(self.store, plan))
         event.refits = self._size(grafted)
-        event.transitions += self._give_up(event.transitions)
+        event.transitions += give_up(self.measuring, event.transitions, self._warned)
         self._begin(grafted)
         self.cohorts.close()
         event.transitions += self._command(event)
@@ -284,28 +297,7 @@ class Grower:
 
     def _loss_of_step(self, closure: Callable[[], Tensor | float]) -> float:
         """The step's loss over the batches of all ranks."""
-        return self.ranks.evaluating(lambda _: float(closure()))(self.model)
-
-    def _give_up(self, told: Sequence[Transition]) -> list[Transition]:
-        """Cull the seeds that a gate has held up, or that have waited in a graft, for longer than `graft_patience`."""
-        states = self.store.mirror()
-        minimum = dict(zip(range(2, 7), self.config.minimum_ticks, strict=True))
-        late = []
-        for transition in told:
-            row = self.store.sites[transition.path].offset + transition.seed
-            state = int(states.lifecycle[row])
-            age = int(states.ticks_in_state[row])
-            stuck = not transition.ok and transition.gate != "hold" and transition.source != _L.STABILIZATION
-            if stuck and age > minimum.get(state, 0) + self.config.graft_patience:
-                late.append((transition.path, transition.seed))
-        for path, seed, row in self.measuring.rows():
-            waited = grafts.pauses_of(int(states.graft[row]))
-            if int(states.lifecycle[row]) == int(_L.GRAFTING) and waited > self.config.graft_patience:
-                late.append((path, seed))
-        out: list[Transition] = []
-        for path, seed in dict.fromkeys(late):
-            out += self.seeds[path].prune([seed])
-        return out
+        return self.ranks.evaluating(lambda _: number(closure(), "what the closure returned"))(self.model)
 
     def _command(self, event: Event) -> list[Transition]:
         seen = Observation(

@@ -352,6 +352,33 @@ def test_bad_options_are_refused(options):
         morphc.Grower(model, torch.optim.SGD(model.parameters()), evaluate=lambda net: 0.0, **options)
 
 
+@pytest.mark.parametrize("given", [None, "good", torch.ones(3), {"loss": 1.0}])
+def test_what_is_no_number_is_refused_by_name(given):
+    _, model = grown(**LOOSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Never(), lambda net: given, tick_every=1)
+    with pytest.raises(ConfigError, match="the loss given to step is"):
+        grower.step(given)
+    assert grower.steps == 0
+    with pytest.raises(ConfigError, match="the metric given to epoch is"):
+        grower.epoch(given)
+    morphc.seeds(model)["2"].assign([0], L.EVALUATING)
+    grower.step(1.0)
+    with pytest.raises(ConfigError, match="what evaluate= returned is"):
+        grower.step(1.0)
+    with pytest.raises(ConfigError, match="is no function"):
+        morphc.Grower(model, optimizer, Never(), 3.0)
+
+
+def test_an_evaluation_that_is_not_finite_is_told_as_such():
+    _, model = grown(**LOOSE)
+    morphc.seeds(model)["2"].assign([0], L.EVALUATING)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Never(), lambda net: float("nan"), tick_every=1)
+    told = [moved for _ in range(4) for moved in grower.step(1.0).transitions]
+    assert "no finite number" in told[-1].reason
+
+
 def test_losses_tell_outliers_and_stability():
     losses = Losses(6.0, 3)
     steady = [1.0 + 0.01 * (-1) ** n for n in range(64)]
