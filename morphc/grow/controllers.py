@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Final, Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from morphc.config import Config
-from morphc.errors import ConfigError, MorphcWarning
+from morphc.errors import ConfigError, MorphcWarning, UnknownNameError
 from morphc.lifecycle import Lifecycle
 from morphc.runtime.moves import banks_of, free_slots
 from morphc.runtime.seeds import Seeds
@@ -68,6 +68,7 @@ class ResetMoments:
 
 
 Command = Germinate | Do | Advance | ResetMoments
+DOES: Final = ("cancel", "prune", "rollback", "reset", "recycle")
 
 
 class States(Sequence[Lifecycle]):
@@ -323,3 +324,20 @@ class CallbackController:
     def decide(self, seen: Observation) -> Sequence[Command]:
         """What the function says; None is nothing."""
         return self.function(seen) or ()
+
+
+def commands_of(controller: Controller, seen: Observation) -> list[Command]:
+    """What the controller decides; None is nothing. Raises ConfigError where something isn't a command."""
+    found = controller.decide(seen)
+    if found is not None and not isinstance(found, Iterable):
+        raise ConfigError(f"{type(controller).__name__} decided {found!r}; it has to be a list of commands")
+    commands = list(found or ())
+    for command in commands:
+        if not isinstance(command, Command):
+            raise ConfigError(
+                f"{type(controller).__name__} decided {command!r}, which is no command: Germinate, Advance, Do or "
+                "ResetMoments of morphc.grow.controllers"
+            )
+        if isinstance(command, Do) and command.what not in DOES:
+            raise UnknownNameError("command of Do", command.what, DOES)
+    return commands

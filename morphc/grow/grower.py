@@ -32,6 +32,7 @@ from morphc.grow.controllers import (
     PlateauController,
     ResetMoments,
     States,
+    commands_of,
 )
 from morphc.grow.evaluation import Evaluate, number
 from morphc.grow.hostrates import HostRates
@@ -54,7 +55,7 @@ from morphc.grow.tree import clone
 from morphc.lifecycle import Lifecycle
 from morphc.runtime import recycling, ticking
 from morphc.runtime.commands import Transition
-from morphc.runtime.seeds import Seeds
+from morphc.runtime.seeds import Seeds, state_of
 from morphc.runtime.sharded import check_unsharded
 from morphc.runtime.store import store_of
 
@@ -117,6 +118,13 @@ class Grower:
         if evaluate is not None and not callable(evaluate):
             raise ConfigError(
                 f"evaluate={evaluate!r} is no function; give one of the model, that returns a metric"
+            )
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(f"optimizer={optimizer!r} is no optimizer; give the one that trains the host")
+        if controller is not None and (isinstance(controller, type) or not hasattr(controller, "decide")):
+            raise ConfigError(
+                f"controller={controller!r} has no method `decide` to call; give an object that has, such as "
+                "PlateauController(), or CallbackController(function)"
             )
         self.ranks = ranks_of(process_group, batches_per_step)
         self.model, self.optimizer = model, optimizer
@@ -315,7 +323,7 @@ class Grower:
         )
         self.new_epoch = False
         out: list[Transition] = []
-        for command in self.ranks.decided(lambda: list(self.controller.decide(seen))):
+        for command in self.ranks.decided(lambda: commands_of(self.controller, seen)):
             out += self.execute(command, event)
         return out
 
@@ -356,7 +364,7 @@ class Grower:
     def _advance(
         self, path: str, seeds: Sequence[int], to: Lifecycle, gates: bool, event: Event | None
     ) -> list[Transition]:
-        handle, out = self.seeds[path], []
+        handle, out, to = self.seeds[path], [], state_of(to)
         chosen = handle.checked(seeds)
         states = self.store.mirror().lifecycle[handle.rows]
         early = [seed for seed in chosen if states[seed] < _L.GRAFTING]

@@ -12,8 +12,8 @@ from torch import nn
 
 import morphc
 from morphc import Config, Lifecycle
-from morphc.errors import ConfigError, MorphcWarning
-from morphc.grow.controllers import Do, Germinate, score
+from morphc.errors import ConfigError, MorphcError, MorphcWarning
+from morphc.grow.controllers import Advance, Do, Germinate, score
 from morphc.grow.evaluation import contributions
 from morphc.grow.signals import Losses
 from morphc.kernels.reference.health import HEALTH
@@ -368,6 +368,29 @@ def test_what_is_no_number_is_refused_by_name(given):
         grower.step(1.0)
     with pytest.raises(ConfigError, match="is no function"):
         morphc.Grower(model, optimizer, Never(), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("decided", "error"),
+    [
+        (Germinate("2", (0,)), "has to be a list"),
+        (["germinate"], "no command"),
+        ([Do("explode", "2", (0,))], "unknown command of Do 'explode'"),
+        ([Advance("2", (0,), "FOSSILIZED")], "no lifecycle state"),
+    ],
+)
+def test_what_is_no_command_is_refused(decided, error):
+    _, model = grown(**LOOSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = morphc.CallbackController(lambda seen: decided)
+    grower = morphc.Grower(model, optimizer, controller, lambda net: 1.0, tick_every=1)
+    with pytest.raises(MorphcError, match=error):
+        grower.step(1.0)
+    for bad in (controller.decide, morphc.PlateauController):
+        with pytest.raises(ConfigError, match="no method `decide` to call"):
+            morphc.Grower(model, optimizer, bad, lambda net: 1.0)
+    with pytest.raises(ConfigError, match="is no optimizer"):
+        morphc.Grower(model, None, controller, lambda net: 1.0)
 
 
 def test_an_evaluation_that_is_not_finite_is_told_as_such():
