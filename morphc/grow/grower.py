@@ -293,15 +293,20 @@ class Grower:
 
     def _size(self, grafted: Sequence[int]) -> dict[tuple[str, int], Refit]:
         """Correct the size of what is being grafted by the loss: the step's own, else a validation loss, if given."""
-        by, objective = "loss", self._closure and partial(self._loss_of_step, self._closure)
-        if objective is None and self.evaluate is not None and self.lower:
-            by, objective = "evaluate", partial(self.evaluate, self.model)
-        found: dict[tuple[str, int], Refit] = {}
-        sized = linesearch.size(self.model, self.store, grafted, objective) if objective and grafted else {}
-        for row in grafted:
-            site, seed = ticking.site_at(self.store, row)
-            found[site.path, seed] = Refit(by, *sized[row]) if row in sized else Refit("estimate")
-        return found
+        objectives: list[tuple[str, Callable[[], float]]] = []
+        if self._closure is not None:
+            objectives.append(("loss", partial(self._loss_of_step, self._closure)))
+        if self.evaluate is not None and self.lower:
+            objectives.append(("evaluate", partial(self.evaluate, self.model)))
+        found: dict[int, Refit] = {}
+        for by, objective in objectives:
+            left = [row for row in grafted if row not in found]
+            sized = linesearch.size(self.model, self.store, left, objective) if left else {}
+            # A batch without rows gives nothing finite.
+            found |= {row: Refit(by, *told) for row, told in sized.items() if math.isfinite(told[1])}
+        places = {row: ticking.site_at(self.store, row) for row in grafted}
+        estimate = Refit("estimate")
+        return {(site.path, seed): found.get(row, estimate) for row, (site, seed) in places.items()}
 
     def _loss_of_step(self, closure: Callable[[], Tensor | float]) -> float:
         """The step's loss over the batches of all ranks."""
