@@ -44,6 +44,7 @@ from morphc.grow.ranks import ProcessGroup, ranks_of
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
 from morphc.grow.snapshot import (
     Snapshot,
+    check_optimizer,
     model_state,
     optimizer_state,
     restore_model,
@@ -461,8 +462,12 @@ class Grower:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Bring everything back, bit for bit. Raises CheckpointError where the snapshot is of another model."""
+        """Bring everything back, bit for bit. Where the snapshot is of another model, kind of optimizer, controller or
+        `tick_every`, CheckpointError or ConfigError says so, and nothing has changed.
+        """
         tree = snapshot.tree
+        check_optimizer(self.optimizer, tree["optimizer"])
+        self._check_saved(tree["grower"])
         restore_model(self.model, tree["model"])
         restore_optimizer(self.optimizer, tree["optimizer"])
         for own, kept in ((self.scheduler, tree["scheduler"]), (self.scaler, tree["scaler"])):
@@ -485,17 +490,15 @@ class Grower:
                 "window": self._window,
                 **self.measuring.state_dict(),
                 "controller": controller() if controller is not None else None,
+                "controller_class": type(self.controller).__name__,
             }
         )
         return state
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
+        self._check_saved(saved)
         saved = clone(saved)
-        if saved["window"].shape != self._window.shape:
-            raise ConfigError(
-                f"tick_every={self.tick_every} here, {saved['window'].shape[0]} in the state that is loaded"
-            )
         self.steps, self.ticks, self.metrics = saved["steps"], saved["ticks"], list(saved["metrics"])
         self.new_epoch = saved["new_epoch"]
         self.measuring.load_state_dict(saved)
@@ -504,6 +507,19 @@ class Grower:
         if load is not None and saved["controller"] is not None:
             load(saved["controller"])
         self.ranks.follow(self.store)
+
+    def _check_saved(self, saved: Mapping[str, Any]) -> None:
+        if "window" not in saved:
+            raise ConfigError("the state that is loaded is not one of Grower.state_dict()")
+        if saved["window"].shape != self._window.shape:
+            raise ConfigError(
+                f"tick_every={self.tick_every} here, {saved['window'].shape[0]} in the state that is loaded"
+            )
+        own, kept = type(self.controller).__name__, saved.get("controller_class")
+        if kept is not None and kept != own and saved["controller"] is not None:
+            raise ConfigError(
+                f"controller: {own} here, {kept} in the state that is loaded; give the Grower a {kept}, set as before"
+            )
 
     def learning(self) -> dict[tuple[str, int], dict[str, float]]:
         """What was measured of every seed that holds a slot, by (path, index).
