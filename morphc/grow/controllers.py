@@ -27,6 +27,7 @@ from morphc.config import Config
 from morphc.errors import ConfigError, MorphcWarning, UnknownNameError
 from morphc.lifecycle import Lifecycle
 from morphc.runtime.moves import banks_of, free_slots
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.seeds import Seeds
 from morphc.runtime.store import store_of
 
@@ -170,12 +171,19 @@ def score(telemetry: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def _stays(request: SiteRequest, blueprint: str) -> bool:
+    """Whether fold refuses the blueprint there: it would have to hang a module where none can hang, or isn't called."""
+    if request.parameter is not None:
+        return blueprint != "affine"
+    return request.past_hooks and blueprint not in ("affine", "lowrank", "widen")
+
+
 class PlateauController:
     """Germinates where the score says, when the metric (or, without epochs, the tick's loss) stops getting better.
 
     patience: epochs (or ticks) without an improvement by `threshold` (relative). seeds: how many germinate at a time;
     most: how many in all over the run. Nothing germinates while earlier seeds are on their way, or for `cooldown`
-    epochs (ticks) after.
+    epochs (ticks) after; nor where `morphc.fold` couldn't take the blueprint back, unless that is so everywhere.
     """
 
     def __init__(
@@ -197,17 +205,23 @@ class PlateauController:
         self.cooldown, self.blueprint, self.graft, self.candidates = cooldown, blueprint, graft, candidates
         self.best = math.nan
         self.stalled = self.germinated = self.waiting = 0
+        self.shunned: frozenset[str] = frozenset()
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called by the Grower that it is given to: it has to be able to germinate somewhere. Raises ConfigError."""
         room: dict[str, int] = {}
         known: set[str] = set()
-        for path, site in store_of(model).sites.items():
+        stays: set[str] = set()
+        store = store_of(model)
+        for path, site in store.sites.items():
             banks = banks_of(site)
             known |= set(banks)
             name = self.blueprint or next(iter(banks), None)
             if name in banks:
                 room[path] = banks[name].slots
+                if _stays(store.requests[path], name):
+                    stays.add(path)
+        self.shunned = frozenset(stays if len(stays) < len(room) else ())
         if not room:
             there = f"; there are banks of {', '.join(sorted(known))}" if known else ""
             raise ConfigError(
@@ -268,7 +282,10 @@ class PlateauController:
         open_rows = [
             (path, seed, row)
             for path, seed, row in seen.rows()
-            if seen.lifecycle[row] is Lifecycle.DORMANT and not embargo[row] and room[path]
+            if seen.lifecycle[row] is Lifecycle.DORMANT
+            and not embargo[row]
+            and room[path]
+            and path not in self.shunned
         ]
         open_rows.sort(key=lambda place: -float(scores[place[2]]))
         chosen: dict[str, list[int]] = {}

@@ -352,6 +352,23 @@ def test_bad_options_are_refused(options):
         morphc.Grower(model, torch.optim.SGD(model.parameters()), evaluate=lambda net: 0.0, **options)
 
 
+@pytest.mark.parametrize("include", [("*",), ("*in_proj_weight",)])
+def test_plateau_germinates_where_a_fold_can_follow_if_there_is_such_a_place(include):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    config = Config(seeds_per_layer=2, slots=4, include=include, backend="torch")
+    model = morphc.compile(layer, (x,), config=config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = morphc.PlateauController(patience=1, seeds=20)
+    grower = morphc.Grower(model, optimizer, controller, lambda net: 1.0, tick_every=1)
+    model(x).sum().backward()
+    paths = {moved.path for _ in range(3) for moved in grower.step(1.0).transitions if moved}
+    only = {"self_attn.in_proj_weight"}
+    others = {"self_attn.out_proj", "linear1", "linear2"}
+    assert paths == (others if include == ("*",) else only)
+
+
 @pytest.mark.parametrize("given", [None, "good", torch.ones(3), {"loss": 1.0}])
 def test_what_is_no_number_is_refused_by_name(given):
     _, model = grown(**LOOSE)
