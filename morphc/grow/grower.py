@@ -172,6 +172,14 @@ class Grower:
         self._look_ahead()
         self.store.refresh_modes()
         self.ranks.follow(self.store)
+        own = {id(parameter) for parameter in model.parameters()}
+        if own and not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+            warnings.warn(
+                "the optimizer has none of the model's parameters: it trains another module, and the host stays as it "
+                "is; make it of model.parameters()",
+                MorphcWarning,
+                stacklevel=2,
+            )
         if evaluate is None and getattr(self.controller, "germinates", True):
             warnings.warn(
                 "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "

@@ -335,6 +335,13 @@ def test_growing_leaves_the_process_as_it_was() -> None:
     assert L.FINE_TUNING in run.moves
 
 
+def test_an_optimizer_of_another_module_is_told() -> None:
+    plain, model = grown()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with pytest.warns(MorphcWarning, match="none of the model's parameters"):
+        morphc.Grower(model, optimizer, Never(), lambda net: 1.0)
+
+
 def test_a_plateau_controller_that_can_germinate_nowhere_is_refused():
     model = compiled_for_controllers(slots=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
