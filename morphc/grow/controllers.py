@@ -241,7 +241,7 @@ class PlateauController:
             warnings.warn(
                 f"{told}{names}{more} have fewer: nothing germinates there{way_out}, as far as they have seeds",
                 MorphcWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def decide(self, seen: Observation) -> Sequence[Command]:

@@ -276,7 +276,13 @@ class Grower:
         grafted = plan.into(_L.GRAFTING)
         self._prepare(grafted)
         event = Event(self.steps, ticking.run(self.store, plan))
-        event.refits = self._size(grafted)
+        try:
+            event.refits = self._size(grafted)
+        except (
+            BaseException
+        ):  # a user's evaluate or closure: who catches it trains on, with a graft to go back from
+            self._begin(grafted)
+            raise
         event.transitions += give_up(self.measuring, event.transitions, self._warned)
         self._begin(grafted)
         self.cohorts.close()

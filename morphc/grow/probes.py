@@ -129,6 +129,10 @@ class Probes(Watcher):
                     "no training forward and backward of its block was seen at the step before this tick (or one of no "
                     "rows); they are ranked on that batch"
                 )
+            if not g.isfinite().all():
+                return (
+                    "the gradient of the batch before this tick isn't finite; they are ranked on that batch"
+                )
             if layers.norm is not None:
                 return "fresh units can't be ranked through the BatchNorm of its block"
             return best_incoming(layers, x, g.detach(), len(units), max(candidates, len(units)), generator)

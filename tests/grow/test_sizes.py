@@ -193,6 +193,8 @@ def test_a_closure_that_fails_leaves_the_estimate_and_is_heard():
 
     with pytest.raises(RuntimeError, match="no batch"):
         train()
+    assert [cohort.rows for cohort in grower.cohorts.open] == [{site.rows.start}]
+    assert grower.cohorts.open[0].snapshot is not None
     assert morphc.seeds(model).alpha.tolist() == [0.0, 0.0]
     bank = site.slots["widen"]
     assert bank.out_weight[bank.owner.tolist().index(0)].abs().sum() > 0
