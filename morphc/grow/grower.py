@@ -172,7 +172,7 @@ class Grower:
         self._look_ahead()
         self.store.refresh_modes()
         self.ranks.follow(self.store)
-        own = {id(parameter) for parameter in model.parameters()}
+        own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         if own and not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
             warnings.warn(
                 "the optimizer has none of the model's parameters: it trains another module, and the host stays as it "
