@@ -39,7 +39,9 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`morphc.json`. tied: name of a tensor -> the name that the same tensor is stored under."""
+    """`morphc.json`. tied: name of a tensor -> the name that the same tensor is stored under. sha256: see `seal`; empty
+    in files of before there was one.
+    """
 
     format: Literal["morphc checkpoint"]
     schema_version: int
@@ -47,6 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Weights
     tied: dict[str, str]
     plan: Plan
+    sha256: str = ""
 
 
 class _Head(msgspec.Struct):
@@ -76,6 +79,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str
                 tied=dict(tied),
                 plan=plan,
             )
+            manifest = msgspec.structs.replace(manifest, sha256=seal(msgspec.json.encode(manifest)))
             encoded = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
             (fresh / MANIFEST).write_bytes(encoded + b"\n")
             for path in (weights, fresh / MANIFEST):
@@ -114,6 +118,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(data: bytes) -> str:
+    """sha256 of a manifest's JSON without its own `sha256`, however it is laid out."""
+    fields = {**msgspec.json.decode(data), "sha256": ""}
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()
+
+
 def read_manifest(directory: Path) -> Manifest:
     """`morphc.json`, checked. Raises CheckpointError naming file, field and way out."""
     path = directory / MANIFEST
@@ -148,7 +158,7 @@ def read_manifest(directory: Path) -> Manifest:
                 "host.load_state_dict(safetensors.torch.load_file(...), strict=False)"
             )
     try:
-        return msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.MsgspecError as error:
         way_out = "the file was changed, save the model again"
         if head.morphc_version not in ("", __version__):
@@ -156,6 +166,9 @@ def read_manifest(directory: Path) -> Manifest:
                 f"it was written by morphc {head.morphc_version}, this is {__version__}: load it with that"
             )
         raise CheckpointError(f"{path}: {error}; {way_out}") from error
+    if manifest.sha256 and manifest.sha256 != seal(data):
+        raise CheckpointError(f"{path} is damaged: its sha256 isn't that of its fields; copy it again")
+    return manifest
 
 
 def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:

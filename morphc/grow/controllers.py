@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Final, Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from morphc.config import Config
-from morphc.errors import ConfigError, MorphcWarning
+from morphc.errors import ConfigError, MorphcWarning, UnknownNameError
 from morphc.lifecycle import Lifecycle
 from morphc.runtime.moves import banks_of, free_slots
+from morphc.runtime.requests import SiteRequest
 from morphc.runtime.seeds import Seeds
 from morphc.runtime.store import store_of
 
@@ -68,6 +69,7 @@ class ResetMoments:
 
 
 Command = Germinate | Do | Advance | ResetMoments
+DOES: Final = ("cancel", "prune", "rollback", "reset", "recycle")
 
 
 class States(Sequence[Lifecycle]):
@@ -169,12 +171,19 @@ def score(telemetry: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def _stays(request: SiteRequest, blueprint: str) -> bool:
+    """Whether fold refuses the blueprint there: it would have to hang a module where none can hang, or isn't called."""
+    if request.parameter is not None:
+        return blueprint != "affine"
+    return request.past_hooks and blueprint not in ("affine", "lowrank", "widen")
+
+
 class PlateauController:
     """Germinates where the score says, when the metric (or, without epochs, the tick's loss) stops getting better.
 
     patience: epochs (or ticks) without an improvement by `threshold` (relative). seeds: how many germinate at a time;
     most: how many in all over the run. Nothing germinates while earlier seeds are on their way, or for `cooldown`
-    epochs (ticks) after.
+    epochs (ticks) after; nor where `morphc.fold` couldn't take the blueprint back, unless that is so everywhere.
     """
 
     def __init__(
@@ -196,17 +205,23 @@ class PlateauController:
         self.cooldown, self.blueprint, self.graft, self.candidates = cooldown, blueprint, graft, candidates
         self.best = math.nan
         self.stalled = self.germinated = self.waiting = 0
+        self.shunned: frozenset[str] = frozenset()
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called by the Grower that it is given to: it has to be able to germinate somewhere. Raises ConfigError."""
         room: dict[str, int] = {}
         known: set[str] = set()
-        for path, site in store_of(model).sites.items():
+        stays: set[str] = set()
+        store = store_of(model)
+        for path, site in store.sites.items():
             banks = banks_of(site)
             known |= set(banks)
             name = self.blueprint or next(iter(banks), None)
             if name in banks:
                 room[path] = banks[name].slots
+                if _stays(store.requests[path], name):
+                    stays.add(path)
+        self.shunned = frozenset(stays if len(stays) < len(room) else ())
         if not room:
             there = f"; there are banks of {', '.join(sorted(known))}" if known else ""
             raise ConfigError(
@@ -226,7 +241,7 @@ class PlateauController:
             warnings.warn(
                 f"{told}{names}{more} have fewer: nothing germinates there{way_out}, as far as they have seeds",
                 MorphcWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def decide(self, seen: Observation) -> Sequence[Command]:
@@ -267,7 +282,10 @@ class PlateauController:
         open_rows = [
             (path, seed, row)
             for path, seed, row in seen.rows()
-            if seen.lifecycle[row] is Lifecycle.DORMANT and not embargo[row] and room[path]
+            if seen.lifecycle[row] is Lifecycle.DORMANT
+            and not embargo[row]
+            and room[path]
+            and path not in self.shunned
         ]
         open_rows.sort(key=lambda place: -float(scores[place[2]]))
         chosen: dict[str, list[int]] = {}
@@ -323,3 +341,20 @@ class CallbackController:
     def decide(self, seen: Observation) -> Sequence[Command]:
         """What the function says; None is nothing."""
         return self.function(seen) or ()
+
+
+def commands_of(controller: Controller, seen: Observation) -> list[Command]:
+    """What the controller decides; None is nothing. Raises ConfigError where something isn't a command."""
+    found = controller.decide(seen)
+    if found is not None and not isinstance(found, Iterable):
+        raise ConfigError(f"{type(controller).__name__} decided {found!r}; it has to be a list of commands")
+    commands = list(found or ())
+    for command in commands:
+        if not isinstance(command, Command):
+            raise ConfigError(
+                f"{type(controller).__name__} decided {command!r}, which is no command: Germinate, Advance, Do or "
+                "ResetMoments of morphc.grow.controllers"
+            )
+        if isinstance(command, Do) and command.what not in DOES:
+            raise UnknownNameError("command of Do", command.what, DOES)
+    return commands

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from morphc.errors import ConfigError
 from morphc.grow.snapshot import restore_rng, rng_state
 from morphc.runtime.sharded import reshard
 from morphc.runtime.store import SeedStore
@@ -19,6 +20,20 @@ Evaluate = Callable[[nn.Module], float]
 EXACT: Final = 4
 """So many seeds at once are each left out in turn; with more, Shapley values are sampled."""
 PERMUTATIONS: Final = 8
+
+
+def number(value: object, whose: str) -> float:
+    """What a user's function or call gave, as a number. Raises ConfigError naming `whose` it is."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return float(value.detach())
+        given = f"a tensor of shape {list(value.shape)} and {value.dtype}"
+    else:
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            given = repr(value)
+    raise ConfigError(f"{whose} is {given}; it must be one real number, such as a mean loss")
 
 
 @contextmanager

@@ -32,16 +32,19 @@ from morphc.grow.controllers import (
     PlateauController,
     ResetMoments,
     States,
+    commands_of,
 )
-from morphc.grow.evaluation import Evaluate
+from morphc.grow.evaluation import Evaluate, number
 from morphc.grow.hostrates import HostRates
 from morphc.grow.linesearch import Refit
 from morphc.grow.measuring import Measuring
+from morphc.grow.patience import give_up
 from morphc.grow.probes import Choice, Probes
 from morphc.grow.ranks import ProcessGroup, ranks_of
 from morphc.grow.rollback import Cohorts, offenders, roll_back, worse_by
 from morphc.grow.snapshot import (
     Snapshot,
+    check_optimizer,
     model_state,
     optimizer_state,
     restore_model,
@@ -51,9 +54,9 @@ from morphc.grow.snapshot import (
 )
 from morphc.grow.tree import clone
 from morphc.lifecycle import Lifecycle
-from morphc.runtime import grafts, recycling, ticking
+from morphc.runtime import recycling, ticking
 from morphc.runtime.commands import Transition
-from morphc.runtime.seeds import Seeds
+from morphc.runtime.seeds import Seeds, state_of
 from morphc.runtime.sharded import check_unsharded
 from morphc.runtime.store import store_of
 
@@ -113,9 +116,24 @@ class Grower:
             raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
         if better not in ("lower", "higher"):
             raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
+        if evaluate is not None and not callable(evaluate):
+            raise ConfigError(
+                f"evaluate={evaluate!r} is no function; give one of the model, that returns a metric"
+            )
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(f"optimizer={optimizer!r} is no optimizer; give the one that trains the host")
+        if controller is not None and (isinstance(controller, type) or not hasattr(controller, "decide")):
+            raise ConfigError(
+                f"controller={controller!r} has no method `decide` to call; give an object that has, such as "
+                "PlateauController(), or CallbackController(function)"
+            )
         self.ranks = ranks_of(process_group, batches_per_step)
         self.model, self.optimizer = model, optimizer
-        self.evaluate = self.ranks.evaluating(evaluate) if evaluate is not None else None
+        self.evaluate: Evaluate | None = None
+        if evaluate is not None:
+            self.evaluate = self.ranks.evaluating(
+                lambda net: number(evaluate(net), "what evaluate= returned")
+            )
         self.controller: Controller = controller if controller is not None else PlateauController()
         self.scaler, self.scheduler, self.on_recycle = scaler, scheduler, on_recycle
         self.tick_every, self.lower = tick_every, better == "lower"
@@ -143,6 +161,7 @@ class Grower:
         self.cohorts = Cohorts(self.store)
         self.before_recycling: Snapshot | None = None
         self._recycled_at = 0
+        self._warned: set[str] = set()
         self._closure: Callable[[], Tensor | float] | None = None
         self._window = torch.zeros(tick_every, dtype=torch.float32, device=self.device)
         self.rates = HostRates(model, optimizer, scaler, self.config.seed_lr)
@@ -153,6 +172,14 @@ class Grower:
         self._look_ahead()
         self.store.refresh_modes()
         self.ranks.follow(self.store)
+        own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        if own and not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+            warnings.warn(
+                "the optimizer has none of the model's parameters: it trains another module, and the host stays as it "
+                "is; make it of model.parameters()",
+                MorphcWarning,
+                stacklevel=2,
+            )
         if evaluate is None and getattr(self.controller, "germinates", True):
             warnings.warn(
                 "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
@@ -174,8 +201,11 @@ class Grower:
         closure: computes the loss of this step's batch anew. It is called only where a graft begins, in eval mode and
         without gradients, to find the size of what is grafted (see `morphc.grow.linesearch`).
         """
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            value = loss.detach()
+        else:
+            value = torch.tensor(number(loss, "the loss given to step"))
         self._closure = closure
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if value.device != self._window.device and self._window.device != self.device:
             self._window = self._window.to(self.device)
         self._window[self.steps % self.tick_every].copy_(value.reshape(()), non_blocking=True)
@@ -206,7 +236,7 @@ class Grower:
 
         With several ranks each tells its own, and the mean counts.
         """
-        (metric,) = self.ranks.mean([float(val_metric)])
+        (metric,) = self.ranks.mean([number(val_metric, "the metric given to epoch")])
         event = Event(self.steps)
         told = [cohort for cohort in self.cohorts.open if cohort.metric is not None]
         if told:
@@ -246,8 +276,14 @@ class Grower:
         grafted = plan.into(_L.GRAFTING)
         self._prepare(grafted)
         event = Event(self.steps, ticking.run(self.store, plan))
-        event.refits = self._size(grafted)
-        event.transitions += self._give_up(event.transitions)
+        try:
+            event.refits = self._size(grafted)
+        except (
+            BaseException
+        ):  # a user's evaluate or closure: who catches it trains on, with a graft to go back from
+            self._begin(grafted)
+            raise
+        event.transitions += give_up(self.measuring, event.transitions, self._warned)
         self._begin(grafted)
         self.cohorts.close()
         event.transitions += self._command(event)
@@ -272,40 +308,24 @@ class Grower:
 
     def _size(self, grafted: Sequence[int]) -> dict[tuple[str, int], Refit]:
         """Correct the size of what is being grafted by the loss: the step's own, else a validation loss, if given."""
-        by, objective = "loss", self._closure and partial(self._loss_of_step, self._closure)
-        if objective is None and self.evaluate is not None and self.lower:
-            by, objective = "evaluate", partial(self.evaluate, self.model)
-        found: dict[tuple[str, int], Refit] = {}
-        sized = linesearch.size(self.model, self.store, grafted, objective) if objective and grafted else {}
-        for row in grafted:
-            site, seed = ticking.site_at(self.store, row)
-            found[site.path, seed] = Refit(by, *sized[row]) if row in sized else Refit("estimate")
-        return found
+        objectives: list[tuple[str, Callable[[], float]]] = []
+        if self._closure is not None:
+            objectives.append(("loss", partial(self._loss_of_step, self._closure)))
+        if self.evaluate is not None and self.lower:
+            objectives.append(("evaluate", partial(self.evaluate, self.model)))
+        found: dict[int, Refit] = {}
+        for by, objective in objectives:
+            left = [row for row in grafted if row not in found]
+            sized = linesearch.size(self.model, self.store, left, objective) if left else {}
+            # A batch without rows gives nothing finite.
+            found |= {row: Refit(by, *told) for row, told in sized.items() if math.isfinite(told[1])}
+        places = {row: ticking.site_at(self.store, row) for row in grafted}
+        estimate = Refit("estimate")
+        return {(site.path, seed): found.get(row, estimate) for row, (site, seed) in places.items()}
 
     def _loss_of_step(self, closure: Callable[[], Tensor | float]) -> float:
         """The step's loss over the batches of all ranks."""
-        return self.ranks.evaluating(lambda _: float(closure()))(self.model)
-
-    def _give_up(self, told: Sequence[Transition]) -> list[Transition]:
-        """Cull the seeds that a gate has held up, or that have waited in a graft, for longer than `graft_patience`."""
-        states = self.store.mirror()
-        minimum = dict(zip(range(2, 7), self.config.minimum_ticks, strict=True))
-        late = []
-        for transition in told:
-            row = self.store.sites[transition.path].offset + transition.seed
-            state = int(states.lifecycle[row])
-            age = int(states.ticks_in_state[row])
-            stuck = not transition.ok and transition.gate != "hold" and transition.source != _L.STABILIZATION
-            if stuck and age > minimum.get(state, 0) + self.config.graft_patience:
-                late.append((transition.path, transition.seed))
-        for path, seed, row in self.measuring.rows():
-            waited = grafts.pauses_of(int(states.graft[row]))
-            if int(states.lifecycle[row]) == int(_L.GRAFTING) and waited > self.config.graft_patience:
-                late.append((path, seed))
-        out: list[Transition] = []
-        for path, seed in dict.fromkeys(late):
-            out += self.seeds[path].prune([seed])
-        return out
+        return self.ranks.evaluating(lambda _: number(closure(), "what the closure returned"))(self.model)
 
     def _command(self, event: Event) -> list[Transition]:
         seen = Observation(
@@ -323,7 +343,7 @@ class Grower:
         )
         self.new_epoch = False
         out: list[Transition] = []
-        for command in self.ranks.decided(lambda: list(self.controller.decide(seen))):
+        for command in self.ranks.decided(lambda: commands_of(self.controller, seen)):
             out += self.execute(command, event)
         return out
 
@@ -364,7 +384,7 @@ class Grower:
     def _advance(
         self, path: str, seeds: Sequence[int], to: Lifecycle, gates: bool, event: Event | None
     ) -> list[Transition]:
-        handle, out = self.seeds[path], []
+        handle, out, to = self.seeds[path], [], state_of(to)
         chosen = handle.checked(seeds)
         states = self.store.mirror().lifecycle[handle.rows]
         early = [seed for seed in chosen if states[seed] < _L.GRAFTING]
@@ -456,8 +476,12 @@ class Grower:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Bring everything back, bit for bit. Raises CheckpointError where the snapshot is of another model."""
+        """Bring everything back, bit for bit. Where the snapshot is of another model, kind of optimizer, controller or
+        `tick_every`, CheckpointError or ConfigError says so, and nothing has changed.
+        """
         tree = snapshot.tree
+        check_optimizer(self.optimizer, tree["optimizer"])
+        self._check_saved(tree["grower"])
         restore_model(self.model, tree["model"])
         restore_optimizer(self.optimizer, tree["optimizer"])
         for own, kept in ((self.scheduler, tree["scheduler"]), (self.scaler, tree["scaler"])):
@@ -480,17 +504,15 @@ class Grower:
                 "window": self._window,
                 **self.measuring.state_dict(),
                 "controller": controller() if controller is not None else None,
+                "controller_class": type(self.controller).__name__,
             }
         )
         return state
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
+        self._check_saved(saved)
         saved = clone(saved)
-        if saved["window"].shape != self._window.shape:
-            raise ConfigError(
-                f"tick_every={self.tick_every} here, {saved['window'].shape[0]} in the state that is loaded"
-            )
         self.steps, self.ticks, self.metrics = saved["steps"], saved["ticks"], list(saved["metrics"])
         self.new_epoch = saved["new_epoch"]
         self.measuring.load_state_dict(saved)
@@ -499,6 +521,19 @@ class Grower:
         if load is not None and saved["controller"] is not None:
             load(saved["controller"])
         self.ranks.follow(self.store)
+
+    def _check_saved(self, saved: Mapping[str, Any]) -> None:
+        if "window" not in saved:
+            raise ConfigError("the state that is loaded is not one of Grower.state_dict()")
+        if saved["window"].shape != self._window.shape:
+            raise ConfigError(
+                f"tick_every={self.tick_every} here, {saved['window'].shape[0]} in the state that is loaded"
+            )
+        own, kept = type(self.controller).__name__, saved.get("controller_class")
+        if kept is not None and kept != own and saved["controller"] is not None:
+            raise ConfigError(
+                f"controller: {own} here, {kept} in the state that is loaded; give the Grower a {kept}, set as before"
+            )
 
     def learning(self) -> dict[tuple[str, int], dict[str, float]]:
         """What was measured of every seed that holds a slot, by (path, index).

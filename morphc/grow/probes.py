@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from morphc.kernels.reference.activations import activation
+from morphc.runtime.plain import Watcher
 from morphc.runtime.recycling import Layers, drawn, layers_of, weight_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _training(layer: nn.Module) -> bool:
     return layer.training and torch.is_grad_enabled() and not is_compiling()
 
 
-class Activity:
+class Activity(Watcher):
     """Mean |h| of every unit of the blocks that can be recycled; every n-th training forward counts."""
 
     def __init__(self, store: SeedStore, every: int) -> None:
@@ -83,7 +84,7 @@ Choice = Callable[[Layers, Tensor, torch.Generator], "list[Tensor] | str"]
 """The incoming weights of the best fresh units, one tensor for each writer, or why there are none."""
 
 
-class Probes:
+class Probes(Watcher):
     """x and g of the last training forward of every block that can be recycled, while it is armed."""
 
     def __init__(self, store: SeedStore) -> None:
@@ -123,10 +124,14 @@ class Probes:
 
         def choose(layers: Layers, units: Tensor, generator: torch.Generator) -> list[Tensor] | str:
             x, g = self._reads.get(path), self._gradients.get(path)
-            if x is None or g is None or x.shape[0] != g.shape[0]:
+            if x is None or g is None or x.shape[0] != g.shape[0] or not x.numel():
                 return (
-                    "no training forward and backward of its block was seen at the step before this tick; they are "
-                    "ranked on that batch"
+                    "no training forward and backward of its block was seen at the step before this tick (or one of no "
+                    "rows); they are ranked on that batch"
+                )
+            if not g.isfinite().all():
+                return (
+                    "the gradient of the batch before this tick isn't finite; they are ranked on that batch"
                 )
             if layers.norm is not None:
                 return "fresh units can't be ranked through the BatchNorm of its block"

@@ -187,16 +187,26 @@ class RecycleController:
                 'RecycleController(by="gradient") measures nothing in this model; compile it with '
                 "Config(gradient_telemetry=True)"
             )
-        reasons = Counter(
-            why for site in store.sites.values() if isinstance(why := recycling.layers_of(store, site), str)
-        )
+        found = {path: recycling.layers_of(store, site) for path, site in store.sites.items()}
+        reasons = Counter(why for why in found.values() if isinstance(why, str))
+        normed = [
+            path for path, layers in found.items() if not isinstance(layers, str) and layers.norm is not None
+        ]
+        if normed and self.candidates > 1:
+            names = ", ".join(map(repr, normed))
+            warnings.warn(
+                f"RecycleController(candidates={self.candidates}): nothing is recycled at {names}, as fresh units "
+                "can't be ranked through a BatchNorm; candidates=1 recycles there",
+                MorphcWarning,
+                stacklevel=3,
+            )
         if reasons.total() == len(store.sites) and not self.l2_init:
             ((why, count),) = reasons.most_common(1)
             warnings.warn(
                 f"RecycleController: nothing in this model can be recycled; of {count} of its {len(store.sites)} "
                 f"sites: {why}. SiteHandle.why_not_recycled tells of each",
                 MorphcWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         if self.pull is not None:
             self.pull.handle.remove()

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morphc.runtime.plain import Watcher
 
-class Scale:
+
+class Scale(Watcher):
     """A forward pre-hook that notes the scale of this step's backward: by the time of `Grower.step` the scaler may have
     moved on. `value` is None before the first training forward.
 

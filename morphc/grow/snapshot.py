@@ -6,6 +6,7 @@ torch, Python and NumPy, and the Grower's own. Telemetry is not among it: what w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from morphc.runtime.store import CHILD, SeedStore, root_of, store_of
 WEIGHTS: Final = "snapshot.safetensors"
 MANIFEST: Final = "snapshot.json"
 FORMAT: Final = "morphc snapshot"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 TELEMETRY: Final = ("sums", "counts", "widths")
 
 
@@ -58,6 +59,7 @@ class Snapshot:
                     "format": FORMAT,
                     "schema_version": SCHEMA_VERSION,
                     "sha256": sha256_of(fresh / WEIGHTS),
+                    "tree_sha256": _digest(tree),
                 }
                 text = json.dumps({**head, "tree": tree}, allow_nan=False)
                 (fresh / MANIFEST).write_text(text, encoding="utf-8")
@@ -83,15 +85,25 @@ class Snapshot:
                 f"{path / MANIFEST} has schema_version={head.get('schema_version')!r}, this morphc reads "
                 f"{SCHEMA_VERSION}"
             )
+        if _digest(head.get("tree")) != head.get("tree_sha256"):
+            raise CheckpointError(f"{path / MANIFEST} is damaged: its tree_sha256 isn't that of its tree")
         try:
-            if sha256_of(path / WEIGHTS) != head.get("sha256"):
-                raise CheckpointError(f"{path / WEIGHTS} is damaged: its sha256 isn't that of {MANIFEST}")
+            intact = sha256_of(path / WEIGHTS) == head.get("sha256")
+        except OSError as error:
+            raise CheckpointError(f"{path / WEIGHTS} can't be read: {error}") from error
+        if not intact:
+            raise CheckpointError(f"{path / WEIGHTS} is damaged: its sha256 isn't that of {MANIFEST}")
+        try:
             tensors = load_file(path / WEIGHTS)
             return cls(unpack(head["tree"], tensors))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path / WEIGHTS} can't be read: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path / MANIFEST} is damaged: {error}") from error
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -193,16 +205,30 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"groups": clone(groups), "states": clone(states)}
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where `saved` is of another kind of optimizer, or of other groups."""
+    groups = saved.get("groups")
+    if groups is None:
+        return
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the optimizer has {len(optimizer.param_groups)} parameter groups, the snapshot {len(groups)}"
+        )
+    missing = sorted(set(optimizer.defaults) - set(groups[0]))
+    if missing:
+        raise CheckpointError(
+            f"the snapshot is of another optimizer than this {type(optimizer).__name__}: it has no "
+            f"{', '.join(missing)}; give the Grower the same kind that it was taken with"
+        )
+
+
 @torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Inverse of `optimizer_state`; tensors that are still there are written to in place. Raises CheckpointError."""
     if "own" in saved:
         optimizer.load_state_dict(clone(saved["own"]))
         return
-    if len(saved["groups"]) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"the optimizer has {len(optimizer.param_groups)} parameter groups, the snapshot {len(saved['groups'])}"
-        )
+    check_optimizer(optimizer, saved)
     for group, kept in zip(optimizer.param_groups, saved["groups"], strict=True):
         for name, value in kept.items():
             group[name] = _into(group.get(name), value)

@@ -32,8 +32,8 @@ NO_MINIMUM: Final = 1 << 30
 class Transition:
     """What became of one request; true if it was done.
 
-    reason: empty if done, else the gate with value and bound. gate: `table`, `embargo`, `minimum_ticks`, `slots` or a
-    metric. value, bound: NaN where there is none.
+    reason: the gate with value and bound if refused; if done, empty, or why a seed was given up. gate: `table`,
+    `embargo`, `minimum_ticks`, `slots` or a metric. value, bound: NaN where there is none.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Transition:
         return self.ok
 
     def __str__(self) -> str:
-        told = "" if self.ok else f" refused, {self.reason}"
+        told = f"{'' if self.ok else ' refused'}, {self.reason}" if self.reason else ""
         return f"{self.path or '<root>'}[{self.seed}] {self.source.name} -> {self.target.name}{told}"
 
 

@@ -49,6 +49,9 @@ GATES: Final = (
 ANY_OF: Final = frozenset({(_L.EVALUATING, _L.CULLED)})
 """Moves for which one gate is enough."""
 
+EVALUATED: Final = frozenset({"contribution", "improvement"})
+"""Metrics that are only there if `evaluate` was asked."""
+
 ONWARD: Final[Mapping[Lifecycle, tuple[Lifecycle, ...]]] = {
     _L.GERMINATED: (_L.TRAINING,),
     _L.TRAINING: (_L.GRAFTING,),
@@ -140,6 +143,8 @@ def gate_failure(
             continue
         measured = value is not None and not math.isnan(value)
         told = f"{value:.6g}" if measured else "not measured"
+        if not measured and value is not None and gate.metric in EVALUATED:
+            told = "nan, the evaluation gave no finite number"
         failures.append(
             Failure(
                 gate.metric,

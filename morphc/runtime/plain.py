@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,10 @@ from morphc.runtime.regions import RegionForward
 from morphc.runtime.sharded import show_to_ddp
 from morphc.runtime.site import FunctionalSites, SeedSite
 from morphc.runtime.store import CHILD, SeedRoot, load_hook, loaded_hook, save_hook
+
+
+class Watcher:
+    """Who is a hook of a Grower, or whose methods are: a module without sites has none of them."""
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -40,6 +45,9 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     ):
         if any(_is(hook, own) for hook in attributes.get(table, {}).values()):
             attributes[table] = _without(attributes[table], lambda _, hook, own=own: _is(hook, own))
+    for table in ("_forward_hooks", "_forward_pre_hooks"):
+        if any(_watches(hook) for hook in attributes.get(table, {}).values()):
+            attributes[table] = _without(attributes[table], lambda _, hook: _watches(hook))
     return attributes
 
 
@@ -54,6 +62,12 @@ def plain_value(value: Any) -> Any:
 
 def _is(hook: Any, own: Any) -> bool:
     return hook is own or getattr(hook, "hook", None) is own
+
+
+def _watches(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return isinstance(getattr(hook, "__self__", hook), Watcher)
 
 
 def _without(table: Any, drop: Any) -> Any:

@@ -132,7 +132,7 @@ class SiteHandle:
         out-weights get their size at a graft. gates=False asks neither gates nor minimum ticks, and passes through
         the states between: from TRAINING to FOSSILIZED it grafts the best candidate at alpha 1 at once.
         """
-        chosen, target = self.checked(indices), _state(to)
+        chosen, target = self.checked(indices), state_of(to)
         if gates:
             return commands.advance(self._store, self.site, chosen, target, metrics)
         return commands.force(self._store, self.site, chosen, target, metrics)
@@ -208,7 +208,7 @@ class SiteHandle:
         rest. Raises SeedError, and then nothing has changed.
         """
         chosen = self.checked(indices)
-        target = _state(state)
+        target = state_of(state)
         if alpha is not None and not 0.0 <= float(alpha) <= 1.0:
             raise SeedError(f"alpha={alpha!r} is not between 0 and 1")
         self._store.live()
@@ -248,7 +248,8 @@ class SiteHandle:
         return listed
 
 
-def _state(state: Lifecycle | int) -> Lifecycle:
+def state_of(state: Lifecycle | int) -> Lifecycle:
+    """A state by itself or its number. Raises SeedError, which lists them."""
     try:
         return Lifecycle(state)
     except ValueError:

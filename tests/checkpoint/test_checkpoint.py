@@ -297,6 +297,7 @@ def test_values_that_a_checkpoint_can_t_hold_are_named(tmp_path: Path) -> None:
 def edit(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((directory / MANIFEST).read_text())
     change(manifest)
+    manifest["sha256"] = checkpointfile.seal(json.dumps(manifest).encode())
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -414,6 +415,20 @@ def test_a_damaged_checkpoint_is_refused(what: str, saved: Path) -> None:
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
     assert not any("morphc" in module._modules for module in host.modules())
+
+
+def test_a_flipped_bit_of_a_number_is_refused_and_an_older_file_without_a_sum_is_not(saved: Path) -> None:
+    path = saved / MANIFEST
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[data.index(b",", data.index(b'"seeds": ')) - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"morphc\.json is damaged"):
+        morphc.load(host_of(), saved)
+    fields = json.loads(whole)
+    del fields["sha256"]
+    path.write_text(json.dumps(fields))
+    assert_same(morphc.load(host_of(), saved), morphc.load(host_of(), saved))
 
 
 def test_another_model_is_refused_by_class_and_by_layer(saved: Path) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 
 import morphc
 from morphc import Config, Lifecycle
-from morphc.errors import ConfigError, MorphcWarning
-from morphc.grow.controllers import Do, Germinate, score
+from morphc.errors import ConfigError, MorphcError, MorphcWarning
+from morphc.grow.controllers import Advance, Do, Germinate, score
 from morphc.grow.evaluation import contributions
 from morphc.grow.signals import Losses
 from morphc.kernels.reference.health import HEALTH
@@ -350,6 +350,73 @@ def test_bad_options_are_refused(options):
     _, model = grown()
     with pytest.raises(ConfigError):
         morphc.Grower(model, torch.optim.SGD(model.parameters()), evaluate=lambda net: 0.0, **options)
+
+
+@pytest.mark.parametrize("include", [("*",), ("*in_proj_weight",)])
+def test_plateau_germinates_where_a_fold_can_follow_if_there_is_such_a_place(include):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    config = Config(seeds_per_layer=2, slots=4, include=include, backend="torch")
+    model = morphc.compile(layer, (x,), config=config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = morphc.PlateauController(patience=1, seeds=20)
+    grower = morphc.Grower(model, optimizer, controller, lambda net: 1.0, tick_every=1)
+    model(x).sum().backward()
+    paths = {moved.path for _ in range(3) for moved in grower.step(1.0).transitions if moved}
+    only = {"self_attn.in_proj_weight"}
+    others = {"self_attn.out_proj", "linear1", "linear2"}
+    assert paths == (others if include == ("*",) else only)
+
+
+@pytest.mark.parametrize("given", [None, "good", torch.ones(3), {"loss": 1.0}])
+def test_what_is_no_number_is_refused_by_name(given):
+    _, model = grown(**LOOSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Never(), lambda net: given, tick_every=1)
+    with pytest.raises(ConfigError, match="the loss given to step is"):
+        grower.step(given)
+    assert grower.steps == 0
+    with pytest.raises(ConfigError, match="the metric given to epoch is"):
+        grower.epoch(given)
+    morphc.seeds(model)["2"].assign([0], L.EVALUATING)
+    grower.step(1.0)
+    with pytest.raises(ConfigError, match="what evaluate= returned is"):
+        grower.step(1.0)
+    with pytest.raises(ConfigError, match="is no function"):
+        morphc.Grower(model, optimizer, Never(), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("decided", "error"),
+    [
+        (Germinate("2", (0,)), "has to be a list"),
+        (["germinate"], "no command"),
+        ([Do("explode", "2", (0,))], "unknown command of Do 'explode'"),
+        ([Advance("2", (0,), "FOSSILIZED")], "no lifecycle state"),
+    ],
+)
+def test_what_is_no_command_is_refused(decided, error):
+    _, model = grown(**LOOSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = morphc.CallbackController(lambda seen: decided)
+    grower = morphc.Grower(model, optimizer, controller, lambda net: 1.0, tick_every=1)
+    with pytest.raises(MorphcError, match=error):
+        grower.step(1.0)
+    for bad in (controller.decide, morphc.PlateauController):
+        with pytest.raises(ConfigError, match="no method `decide` to call"):
+            morphc.Grower(model, optimizer, bad, lambda net: 1.0)
+    with pytest.raises(ConfigError, match="is no optimizer"):
+        morphc.Grower(model, None, controller, lambda net: 1.0)
+
+
+def test_an_evaluation_that_is_not_finite_is_told_as_such():
+    _, model = grown(**LOOSE)
+    morphc.seeds(model)["2"].assign([0], L.EVALUATING)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Never(), lambda net: float("nan"), tick_every=1)
+    told = [moved for _ in range(4) for moved in grower.step(1.0).transitions]
+    assert "no finite number" in told[-1].reason
 
 
 def test_losses_tell_outliers_and_stability():

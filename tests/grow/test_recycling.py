@@ -302,6 +302,32 @@ def test_candidates_without_a_batch_are_refused_with_the_reason():
         grower.recycle("0", [1], candidates=0)
 
 
+@pytest.mark.parametrize(("rows", "scale", "reason"), [(0, 1.0, "no rows"), (8, torch.inf, "isn't finite")])
+def test_candidates_on_a_batch_that_tells_nothing_are_refused_with_the_reason(rows, scale, reason):
+    _, model = grown(**UNITS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = morphc.Grower(model, optimizer, Once(1, "0", (1,), 8), tick_every=4)
+    for number, factor in ((8, 1.0), (8, 1.0), (8, 1.0), (rows, scale)):
+        loss = model(torch.randn(number, 6)).square().sum() * factor
+        loss.backward()
+        event = grower.step(loss)
+    (refused,) = event.transitions
+    assert refused.gate == "candidates"
+    assert reason in refused.reason
+
+
+def test_candidates_behind_a_batch_norm_are_warned_of():
+    host = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    model = morphc.compile(host, (torch.randn(4, 6),), config=Config(seeds_per_layer=2, backend="torch"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(morphc.errors.MorphcWarning, match="recycled at '0'.*BatchNorm") as heard:
+        morphc.Grower(model, optimizer, morphc.RecycleController(candidates=2))
+    assert heard[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        morphc.Grower(model, optimizer, morphc.RecycleController(candidates=1))
+
+
 def test_recycling_needs_no_grower():
     _, model = grown(**UNITS)
     task = Task()

@@ -236,6 +236,17 @@ def test_a_damaged_snapshot_is_refused_naming_the_file(tmp_path):
         morphc.Snapshot.load(tmp_path / "snap")
 
 
+def test_a_flipped_bit_of_a_counter_is_refused_naming_the_file(tmp_path):
+    _, model = grown()
+    Run(model).grower.snapshot().save(tmp_path / "snap")
+    path = tmp_path / "snap" / "snapshot.json"
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"ticks", ') + 9] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"snapshot\.json is damaged"):
+        morphc.Snapshot.load(tmp_path / "snap")
+
+
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing():
     snapshot = Run(grown(width=5)[1]).grower.snapshot()
     _, model = grown()
@@ -244,6 +255,34 @@ def test_a_snapshot_of_another_model_is_refused_and_changes_nothing():
     with pytest.raises(CheckpointError, match=r"fits the model that it was taken of"):
         run.grower.restore(snapshot)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"tick_every": 3}, "tick_every=3 here"),
+        (
+            {"controller": morphc.PlateauController()},
+            "controller: PlateauController here, ScheduleController in",
+        ),
+        ({"optimizer": torch.optim.Adam}, "another optimizer than this Adam: it has no amsgrad, betas"),
+    ],
+)
+def test_a_snapshot_of_another_run_is_refused_and_changes_nothing(other, message):
+    _, model = grown()
+
+    def grower(optimizer=torch.optim.SGD, controller=None, tick_every=4):
+        controller = controller or morphc.ScheduleController([])
+        return morphc.Grower(
+            model, optimizer(model.parameters(), lr=0.1), controller, lambda net: 1.0, tick_every=tick_every
+        )
+
+    snapshot = grower().snapshot()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    with pytest.raises(morphc.errors.MorphcError, match=message):
+        grower(**other).restore(snapshot)
+    assert not model[0].weight.any()
 
 
 def test_a_foreign_directory_is_not_overwritten(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -334,6 +335,13 @@ def test_growing_leaves_the_process_as_it_was() -> None:
     assert L.FINE_TUNING in run.moves
 
 
+def test_an_optimizer_of_another_module_is_told() -> None:
+    plain, model = grown()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with pytest.warns(MorphcWarning, match="none of the model's parameters"):
+        morphc.Grower(model, optimizer, Never(), lambda net: 1.0)
+
+
 def test_a_plateau_controller_that_can_germinate_nowhere_is_refused():
     model = compiled_for_controllers(slots=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -376,3 +384,25 @@ def compiled_for_controllers(slots):
     host = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     config = morphc.Config(seeds_per_layer=4, slots=slots, blueprint="bottleneck")
     return morphc.compile(host, (torch.zeros(2, 4),), config=config)
+
+
+@pytest.mark.parametrize("leave", [morphc.fold, morphc.detach])
+def test_what_a_grower_watches_with_stays_out_of_plain_modules(leave: Any) -> None:
+    _, model = grown(width=4, telemetry_every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = morphc.RecycleController(by="activation", every=2, candidates=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    grower = morphc.Grower(model, optimizer, controller, scaler=scaler, tick_every=1)
+    seen: list[int] = []
+    model[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    plain = leave(model)
+    assert b"morphc" not in pickle.dumps(nn.ModuleList([plain[2]]))
+    for module in plain.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        assert len(hooks) == (module is plain[0])
+    plain(torch.ones(2, 6)).sum().backward()
+    assert seen == [1]
+    assert controller.activity is not None
+    assert not controller.activity.sums
+    assert grower.rates.scale is None
+    assert len(model[2]._forward_pre_hooks) == 1

@@ -153,6 +153,24 @@ def test_an_evaluation_that_tells_nothing_leaves_the_estimate():
     assert refits == {("2", 0): Refit("evaluate", 1.0, 1.0, 1.0)}
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_closure_without_a_finite_loss_leaves_it_to_the_evaluation(finite):
+    _, model = grown(**ONE)
+    task = Task()
+    morphc.seeds(model)["2"].germinate([0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    evaluate = task.validate if finite else lambda net: float("nan")
+    grower = morphc.Grower(model, optimizer, Never(), evaluate, tick_every=4)
+    refits = {}
+    for step in range(60):
+        loss = task.loss(model, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        refits |= grower.step(loss, lambda: (model(task.vx[:0]) - task.vy[:0]).square().mean()).refits
+    assert refits["2", 0].by == ("evaluate" if finite else "estimate")
+
+
 def test_a_closure_that_fails_leaves_the_estimate_and_is_heard():
     _, model = grown(**ONE)
     site = morphc.seeds(model)["2"]
@@ -175,6 +193,8 @@ def test_a_closure_that_fails_leaves_the_estimate_and_is_heard():
 
     with pytest.raises(RuntimeError, match="no batch"):
         train()
+    assert [cohort.rows for cohort in grower.cohorts.open] == [{site.rows.start}]
+    assert grower.cohorts.open[0].snapshot is not None
     assert morphc.seeds(model).alpha.tolist() == [0.0, 0.0]
     bank = site.slots["widen"]
     assert bank.out_weight[bank.owner.tolist().index(0)].abs().sum() > 0

@@ -13,6 +13,8 @@ from torch import nn
 
 import morphc
 from morphc import Config, Lifecycle
+from morphc.errors import MorphcWarning
+from morphc.grow.controllers import Germinate
 from morphc.grow.grower import Event
 
 L = Lifecycle
@@ -122,6 +124,24 @@ def test_a_seed_that_memorises_noise_is_culled_and_may_begin_again() -> None:
     assert (morphc.seeds(run.model)[path].slots["widen"].owner == -1).all()
     assert torch.equal(run.model(task.vx), morphc.detach(copy.deepcopy(run.model))(task.vx))
     assert all(morphc.seeds(run.model)[path].germinate([0]))
+
+
+def test_a_seed_that_is_never_grafted_says_why_and_is_warned_of_once() -> None:
+    task = Task()
+    both = morphc.ScheduleController([(0, Germinate(path, (0,))) for path in ("0", "2")])
+    run = Run(task, both, min_isolated_improvement=2.0, graft_patience=4)
+    with pytest.warns(
+        MorphcWarning, match=r"isolated_improvement: .* must be >= 2.*min_isolated_improvement="
+    ) as heard:
+        run.train(100, lambda event: L.CULLED in run.moves)
+    assert len(heard) == 1
+    assert heard[0].filename == __file__
+    culls = [moved for event in run.events for moved in event.transitions if moved.target is L.CULLED]
+    assert len(culls) == 2
+    for moved in culls:
+        assert moved
+        assert "graft_patience=4" in moved.reason
+        assert str(moved).endswith("must be >= 2")
 
 
 @pytest.mark.parametrize("after", [L.GERMINATED, L.TRAINING])
