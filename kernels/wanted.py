@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from morphc.errors import MorphcError, UnknownNameError
+from morphc.errors import CacheError, MorphcError
 from morphc.kernels import active, codegen, gradient, lifecycle, telemetry, training
 from morphc.kernels.cache import place
 from morphc.kernels.codegen import Source
@@ -28,7 +28,7 @@ def made_from(spec: KernelSpec, like: Mapping[str, Any] | None = None) -> dict[s
     """What the kernel of `spec` would be made from by this version.
 
     like: of an entry of the same spec, for kinds whose files follow from more than it (the layer's geometry): what it
-    was made from, by the code of today. Raises UnknownNameError for such a kind without.
+    was made from, by the code of today. Raises CacheError for such a kind without.
     """
     if spec.kind in SOURCES:
         try:
@@ -37,5 +37,9 @@ def made_from(spec: KernelSpec, like: Mapping[str, Any] | None = None) -> dict[s
             if like is None:
                 raise
     if like is None:
-        raise UnknownNameError("kind of kernel", spec.kind, SOURCES)
+        raise CacheError(
+            f"{spec.name!r} isn't in the cache, and its name alone doesn't say what it would be made from: a kernel of "
+            f"kind {spec.kind!r} follows from its layer's input as well. Compile the model with --require-cached, which "
+            "names what each missing kernel differs in, or give the key of an entry (morphc cache ls)"
+        )
     return {**like, "schema": place.SCHEMA, "codegen_sha": codegen.codegen_digest()}

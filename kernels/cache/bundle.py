@@ -73,6 +73,7 @@ def export(
     words: keys, names or their beginnings; none: all entries. arch: only forms compiled for it. Raises CacheError; a
     damaged entry is refused, with its name.
     """
+    arch = None if arch is None else store.target_named(arch)
     if not path.name or path.is_dir():
         raise CacheError(f"{str(path)!r} is no name of a file; give one such as kernels.tar.gz")
     chosen = [inventory.resolve(root, word) for word in words] if words else inventory.names(root)
@@ -166,7 +167,7 @@ class _Limited:
         while size:
             part = self.stream.read(min(size, 1 << 20))
             if not part:
-                raise BundleError("it ends in the middle")
+                raise BundleError("it ends in the middle, or is no bundle of morphc")
             parts.append(part)
             size -= len(part)
         return b"".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from morphc.kernels.cache.manifest import Manifest
 from morphc.kernels.cache.place import DamagedError
 
 NEVER: Final = "nothing like it was ever kept here"
+_FEW: Final = 8
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -98,9 +100,29 @@ def of_binary(root: Path, entry: Path, want: Mapping[str, Any]) -> tuple[str, ..
         return (NEVER,)
     name = entry.name.removesuffix(f"-{own.key[:12]}")
     others = (each for each in manifests_in(store.kernels(root), f"{name}-") if each.key != own.key)
-    if found := nearest(others, own.made_from):
-        return tuple(map(str, found[1]))
-    return (NEVER,)
+    found = nearest(others, own.made_from) or nearest(_compiled_like(root, entry.name), own.made_from)
+    return tuple(map(str, found[1])) if found else (NEVER,)
+
+
+def _compiled_like(root: Path, name: str) -> Iterator[Manifest]:
+    """A few compiled kernels whose names begin as `name` does, by how long they do, at least with kind and blueprint.
+
+    Only these are read: a cache has thousands.
+    """
+    kernels = store.kernels(root)
+    try:
+        names = os.listdir(kernels)
+    except OSError:
+        return
+    least = len(name.partition("_h")[0]) + 2
+    shared = {one: len(os.path.commonprefix((one, name))) for one in names if one != name}
+    alike = sorted(
+        (one for one, length in shared.items() if length >= least), key=lambda one: (-shared[one], one)
+    )
+    for one in alike[:_FEW]:
+        if _folders(kernels / one / manifest.BINARIES):
+            with contextlib.suppress(OSError, DamagedError):
+                yield manifest.read(kernels / one)[0]
 
 
 def _folders(folder: Path) -> list[Path]:

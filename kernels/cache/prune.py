@@ -75,6 +75,7 @@ def choose(
     checksum for that.
     """
     now = time.time()
+    arch = None if arch is None else store.target_named(arch)
     if older_than is None and arch is None and version is None and larger_than is None:
         larger_than = BOUND
     victims = _leftovers(root, now)

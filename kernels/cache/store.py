@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import filelock
 import msgspec
 
+from morphc.errors import CacheError
 from morphc.kernels.cache import leases, manifest, place
 from morphc.kernels.cache.manifest import Manifest, Provenance
 from morphc.kernels.cache.place import DamagedError
@@ -52,6 +53,18 @@ def entry_name(name: str, key: str) -> str:
 def arch_folder(target: str) -> str:
     """`cuda-90` for `cuda:90`: a colon is no part of a file's name everywhere."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", target)
+
+
+def target_named(text: str) -> str:
+    """The target that a user means: `cuda:90`, or `90` and `cuda-90` as listings and folders have it.
+
+    Raises CacheError for what names none. One that this version doesn't know is fine: its kernels may be here.
+    """
+    if found := re.fullmatch(r"(?:cuda[:-])?(\d+)", text):
+        return f"cuda:{found[1]}"
+    if found := re.fullmatch(r"(?:hip[:-])?(gfx\w+)", text):
+        return f"hip:{found[1]}"
+    raise CacheError(f"{text!r} is no architecture: write it as cuda:90 or hip:gfx942")
 
 
 def find(folder: Path, kind: str, root: Path) -> Found | None:

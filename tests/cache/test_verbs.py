@@ -259,6 +259,14 @@ class TestWhyMiss:
         assert "the cache is empty" in ran.out
         assert json.loads(cli("cache", "why-miss", self.SITE.name, "--json").out)["nearest"] is None
 
+    def test_a_kernel_that_follows_from_more_than_its_name(
+        self, cli: Callable[..., Ran], fresh_cache: Path
+    ) -> None:
+        ran = cli("cache", "why-miss", "tap_lowrank_h256_s1_k1_r16_fp32")
+        assert ran.status == 2
+        assert "follows from its layer's input as well" in ran.err
+        assert "--require-cached" in ran.err
+
     @pytest.mark.parametrize("word", ["nonsense!", '{"kind": 3}', "{"])
     def test_what_is_no_kernel(self, cli: Callable[..., Ran], fresh_cache: Path, word: str) -> None:
         ran = cli("cache", "why-miss", word)
@@ -320,11 +328,18 @@ class TestPrune:
         done = Cache(root).prune(larger_than=found[0].size)
         assert [Path(one.path).name for one in done.removed] == [Path(found[at].folder).name for at in (1, 2)]
 
-    def test_by_architecture(self, cli: Callable[..., Ran], root: Path) -> None:
+    @pytest.mark.parametrize("word", ["hip:gfx942", "gfx942", "hip-gfx942"])
+    def test_by_architecture(self, cli: Callable[..., Ran], root: Path, word: str) -> None:
         forget()
-        assert cli("cache", "prune", "--arch", "hip:gfx942", "-y").status == 0
+        assert cli("cache", "prune", "--arch", word, "-y").status == 0
         assert [entry.archs for entry in inventory.entries(root)] == [("cuda-90",)] * 3
         assert Cache(root).verify() == []
+
+    def test_what_is_no_architecture(self, cli: Callable[..., Ran], root: Path, tmp_path: Path) -> None:
+        for command in (("prune",), ("export", tmp_path / "x.tar")):
+            ran = cli("cache", *command, "--arch", "h100")
+            assert ran.status == 2
+            assert "'h100' is no architecture: write it as cuda:90 or hip:gfx942" in ran.err
 
     def test_by_version(self, root: Path) -> None:
         forget()
