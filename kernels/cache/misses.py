@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,14 +116,18 @@ def _compiled_like(root: Path, name: str) -> Iterator[Manifest]:
     except OSError:
         return
     least = len(name.partition("_h")[0]) + 2
-    shared = {one: len(os.path.commonprefix((one, name))) for one in names if one != name}
-    alike = sorted(
-        (one for one, length in shared.items() if length >= least), key=lambda one: (-shared[one], one)
-    )
+    shared = {one: _shared(one, name) for one in names if one != name}
+    alike = [one for one, length in shared.items() if length >= least]
+    alike.sort(key=lambda one: (-shared[one], one))
     for one in alike[:_FEW]:
         if _folders(kernels / one / manifest.BINARIES):
             with contextlib.suppress(OSError, DamagedError):
                 yield manifest.read(kernels / one)[0]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many letters both begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _folders(folder: Path) -> list[Path]:
