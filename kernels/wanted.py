@@ -39,7 +39,7 @@ def made_from(spec: KernelSpec, like: Mapping[str, Any] | None = None) -> dict[s
     if like is None:
         raise CacheError(
             f"{spec.name!r} isn't in the cache, and its name alone doesn't say what it would be made from: a kernel of "
-            f"kind {spec.kind!r} follows from its layer's input as well. Compile the model with --require-cached, which "
-            "names what each missing kernel differs in, or give the key of an entry (morphc cache ls)"
+            f"kind {spec.kind!r} follows from its layer's input as well. Compile the model with --require-cached, "
+            "which names what each missing kernel differs in, or give the key of an entry (morphc cache ls)"
         )
     return {**like, "schema": place.SCHEMA, "codegen_sha": codegen.codegen_digest()}
