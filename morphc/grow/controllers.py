@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from morphc.config import Config
 from morphc.errors import ConfigError, MorphcWarning, UnknownNameError
+from morphc.grow.checks import whole
 from morphc.lifecycle import Lifecycle
 from morphc.runtime.moves import banks_of, free_slots
 from morphc.runtime.requests import SiteRequest
@@ -197,10 +198,8 @@ class PlateauController:
         graft: str = "fixed_ramp",
         candidates: int = 1,
     ) -> None:
-        if patience < 1 or seeds < 1 or candidates < 1:
-            raise ConfigError(
-                f"patience={patience}, seeds={seeds}, candidates={candidates}: each must be at least 1"
-            )
+        whole("patience", patience), whole("seeds", seeds), whole("candidates", candidates)
+        whole("cooldown", cooldown, 0), whole("most", 0 if most is None else most, 0)
         self.patience, self.threshold, self.seeds, self.most = patience, threshold, seeds, most
         self.cooldown, self.blueprint, self.graft, self.candidates = cooldown, blueprint, graft, candidates
         self.best = math.nan
@@ -313,7 +312,16 @@ class ScheduleController:
     """Does what a list says: (step, command), each at the first tick at or after its step."""
 
     def __init__(self, schedule: Iterable[tuple[int, Command]]) -> None:
-        self.schedule = sorted(schedule, key=lambda entry: entry[0])
+        entries = list(schedule) if isinstance(schedule, Iterable) else [schedule]
+        for entry in entries:
+            if not (
+                isinstance(entry, tuple | list)
+                and len(entry) == 2
+                and isinstance(entry[0], int)
+                and isinstance(entry[1], Command)
+            ):
+                raise ConfigError(f"ScheduleController: {entry!r} is no pair of a step and a command")
+        self.schedule = sorted(entries, key=lambda entry: entry[0])
         self.done = 0
 
     def decide(self, seen: Observation) -> Sequence[Command]:

@@ -12,7 +12,6 @@ for x, y in batches:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from morphc.errors import ConfigError, MorphcWarning, SeedError
+from morphc.errors import ConfigError, SeedError
 from morphc.grow import linesearch
+from morphc.grow.checks import check_arguments, warn_of_setup
 from morphc.grow.controllers import (
     Advance,
     Command,
@@ -112,21 +112,7 @@ class Grower:
         process_group: ProcessGroup | None = None,
         batches_per_step: int | None = None,
     ) -> None:
-        if isinstance(tick_every, bool) or not isinstance(tick_every, int) or tick_every < 1:
-            raise ConfigError(f"tick_every={tick_every!r} is not a whole number of at least 1")
-        if better not in ("lower", "higher"):
-            raise ConfigError(f"better={better!r} must be 'lower' or 'higher'")
-        if evaluate is not None and not callable(evaluate):
-            raise ConfigError(
-                f"evaluate={evaluate!r} is no function; give one of the model, that returns a metric"
-            )
-        if not hasattr(optimizer, "param_groups"):
-            raise ConfigError(f"optimizer={optimizer!r} is no optimizer; give the one that trains the host")
-        if controller is not None and (isinstance(controller, type) or not hasattr(controller, "decide")):
-            raise ConfigError(
-                f"controller={controller!r} has no method `decide` to call; give an object that has, such as "
-                "PlateauController(), or CallbackController(function)"
-            )
+        check_arguments(optimizer, controller, evaluate, scaler, scheduler, tick_every, better)
         self.ranks = ranks_of(process_group, batches_per_step)
         self.model, self.optimizer = model, optimizer
         self.evaluate: Evaluate | None = None
@@ -172,21 +158,8 @@ class Grower:
         self._look_ahead()
         self.store.refresh_modes()
         self.ranks.follow(self.store)
-        own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        if own and not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
-            warnings.warn(
-                "the optimizer has none of the model's parameters: it trains another module, and the host stays as it "
-                "is; make it of model.parameters()",
-                MorphcWarning,
-                stacklevel=2,
-            )
-        if evaluate is None and getattr(self.controller, "germinates", True):
-            warnings.warn(
-                "Grower without evaluate=: no seed's contribution is measured, so none passes EVALUATING and "
-                "each is culled there in the end; give evaluate=, a function of the model",
-                MorphcWarning,
-                stacklevel=2,
-            )
+        judged = evaluate is not None or not getattr(self.controller, "germinates", True)
+        warn_of_setup(model, optimizer, judged)
 
     @property
     def device(self) -> torch.device:
@@ -278,9 +251,8 @@ class Grower:
         event = Event(self.steps, ticking.run(self.store, plan))
         try:
             event.refits = self._size(grafted)
-        except (
-            BaseException
-        ):  # a user's evaluate or closure: who catches it trains on, with a graft to go back from
+        except BaseException:
+            # A user's evaluate or closure: who catches it trains on, with a graft to go back from.
             self._begin(grafted)
             raise
         event.transitions += give_up(self.measuring, event.transitions, self._warned)
@@ -479,6 +451,10 @@ class Grower:
         """Bring everything back, bit for bit. Where the snapshot is of another model, kind of optimizer, controller or
         `tick_every`, CheckpointError or ConfigError says so, and nothing has changed.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise ConfigError(
+                f"{snapshot!r} is no snapshot; Grower.snapshot() and Snapshot.load(path) give one"
+            )
         tree = snapshot.tree
         check_optimizer(self.optimizer, tree["optimizer"])
         self._check_saved(tree["grower"])

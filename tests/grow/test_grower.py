@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import morphc
 from morphc import Config, Lifecycle
 from morphc.errors import ConfigError, MorphcError, MorphcWarning
-from morphc.grow.controllers import Advance, Do, Germinate, score
+from morphc.grow.controllers import Advance, Do, Germinate, ResetMoments, score
 from morphc.grow.evaluation import contributions
 from morphc.grow.signals import Losses
 from morphc.kernels.reference.health import HEALTH
@@ -467,3 +468,37 @@ def test_a_frozen_host_still_grows():
         loss.backward()
         grower.step(loss)
     assert task.validate(model) < 0.95 * first
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scaler": "x"}, "scaler='x' has no method 'get_scale'"),
+        ({"scheduler": "x"}, "scheduler='x' has no method 'state_dict'"),
+        ({"tick_every": 2.0}, "tick_every=2.0 is not a whole number of at least 1"),
+    ],
+)
+def test_what_the_run_has_is_checked_where_it_is_given(options, words):
+    _, model = grown()
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        morphc.Grower(model, torch.optim.SGD(model.parameters(), 0.1), evaluate=lambda _: 0.0, **options)
+
+
+def test_a_restore_of_something_else_changes_nothing():
+    _, model = grown()
+    grower = morphc.Grower(model, torch.optim.SGD(model.parameters(), 0.1), evaluate=lambda _: 0.0)
+    with pytest.raises(ConfigError, match="None is no snapshot"):
+        grower.restore(None)
+
+
+@pytest.mark.parametrize("options", [{"seeds": "2"}, {"most": 1.5}, {"patience": 0}, {"cooldown": -1}])
+def test_a_plateau_is_counted_in_whole_numbers(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{name}={value!r} is not a whole number"):
+        morphc.PlateauController(**options)
+
+
+@pytest.mark.parametrize("schedule", [[(1, "grow")], [3], [("1", ResetMoments())], ResetMoments()])
+def test_a_schedule_has_steps_and_commands(schedule):
+    with pytest.raises(ConfigError, match="is no pair of a step and a command"):
+        morphc.ScheduleController(schedule)
