@@ -237,7 +237,20 @@ def found(root: nn.Module) -> tuple[nn.Module, SeedStore]:
         if isinstance(holder, SeedRoot) and holder.store is not None:
             return module, holder.store
         module = module._modules.get("_orig_mod") or module._modules.get("module")
-    raise NotMorphedError(f"{type(root).__name__} carries no seeds; give what morphc.compile returned")
+    raise NotMorphedError(_without_seeds(root))
+
+
+def _without_seeds(root: object) -> str:
+    """What to say of a module that isn't a compiled one: one in it may be."""
+    told = f"{type(root).__name__} carries no seeds; give what morphc.compile returned"
+    if isinstance(root, nn.Module):
+        for path, module in root.named_modules():
+            if path and CHILD not in path.split(".") and isinstance(module.__dict__.get(CHILD), SeedRoot):
+                return (
+                    f"{type(root).__name__} carries no seeds of its own, its {path!r} does: give that, or compile the "
+                    "whole as one (before DDP wraps it: DDP leaves out the slots of the module that it wraps only)"
+                )
+    return told
 
 
 def save_hook(root: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -339,6 +339,14 @@ class TestReport:
             with pytest.raises(morphc.errors.NotMorphedError, match="Mlp carries no seeds"):
                 call(Mlp())
 
+    def test_a_module_around_a_compiled_one_names_it(self):
+        around = nn.Sequential(nn.Identity(), compiled(Mlp()))
+        with pytest.raises(
+            morphc.errors.NotMorphedError, match=r"no seeds of its own, its '1' does: give that"
+        ):
+            morphc.seeds(around)
+        assert morphc.seeds(around[1]).sites
+
     def test_it_is_found_behind_a_deepcopy(self):
         model = compiled(Mlp())
         assert morphc.report(copy.deepcopy(model)).plan == morphc.report(model).plan
