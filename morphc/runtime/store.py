@@ -233,11 +233,16 @@ def found(root: nn.Module) -> tuple[nn.Module, SeedStore]:
     for _ in range(4):
         if not isinstance(module, nn.Module):
             break
-        holder = module.__dict__.get(CHILD) or module._modules.get(CHILD)
-        if isinstance(holder, SeedRoot) and holder.store is not None:
+        holder = _holder(module)
+        if holder is not None and holder.store is not None:
             return module, holder.store
         module = module._modules.get("_orig_mod") or module._modules.get("module")
     raise NotMorphedError(_without_seeds(root))
+
+
+def _holder(module: nn.Module) -> SeedRoot | None:
+    holder = module.__dict__.get(CHILD) or module._modules.get(CHILD)
+    return holder if isinstance(holder, SeedRoot) else None
 
 
 def _without_seeds(root: object) -> str:
@@ -245,7 +250,7 @@ def _without_seeds(root: object) -> str:
     told = f"{type(root).__name__} carries no seeds; give what morphc.compile returned"
     if isinstance(root, nn.Module):
         for path, module in root.named_modules():
-            if path and CHILD not in path.split(".") and isinstance(module.__dict__.get(CHILD), SeedRoot):
+            if path and _holder(module) is not None:
                 return (
                     f"{type(root).__name__} carries no seeds of its own, its {path!r} does: give that, or compile the "
                     "whole as one (before DDP wraps it: DDP leaves out the slots of the module that it wraps only)"
