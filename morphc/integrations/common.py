@@ -11,6 +11,7 @@ from torch import nn
 from morphc.errors import ConfigError, NotMorphedError
 from morphc.grow.grower import Grower
 from morphc.grow.snapshot import model_state, restore_model
+from morphc.runtime.sharded import TO_IGNORE, hide_from_ddp
 from morphc.runtime.store import CHILD, SeedRoot, store_of
 
 HOST = "host/"
@@ -57,6 +58,13 @@ def roots(module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(holder, SeedRoot) and holder.store is not None and not inside:
             found[path] = each
     return found
+
+
+def hide_slots_from_ddp(module: nn.Module) -> None:
+    """Have a DDP around `module` leave the slots in it alone: it asks what it wraps, and nothing in that."""
+    for path, root in roots(module).items():
+        if path:
+            hide_from_ddp(module, [f"{path}.{name}" for name in root.__dict__.get(TO_IGNORE, ())])
 
 
 def training_state(grower: Grower) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from morphc.grow.grower import Event, Grower
 from morphc.integrations.common import (
     check_grows,
     check_optimizer,
+    hide_slots_from_ddp,
     restore_training_state,
     roots,
     training_state,
@@ -82,6 +83,10 @@ class GrowCallback(Callback):  # type: ignore[misc, valid-type]
         self._hook: Any = None
 
     # -- Lightning's hooks -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before a strategy wraps the LightningModule: DDP leaves the slots to the Grower."""
+        hide_slots_from_ddp(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the Grower; in a resumed run, bring it to where the checkpoint was."""

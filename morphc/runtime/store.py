@@ -253,7 +253,7 @@ def _without_seeds(root: object) -> str:
             if path and _holder(module) is not None:
                 return (
                     f"{type(root).__name__} carries no seeds of its own, its {path!r} does: give that, or compile the "
-                    "whole as one (before DDP wraps it: DDP leaves out the slots of the module that it wraps only)"
+                    "whole as one"
                 )
     return told
 
