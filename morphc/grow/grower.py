@@ -161,6 +161,12 @@ class Grower:
         judged = evaluate is not None or not getattr(self.controller, "germinates", True)
         warn_of_setup(model, optimizer, judged)
 
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "a Grower is neither copied nor pickled: it is tied to its model and optimizer. Make one of the copied "
+            "model, or keep its state with snapshot() or state_dict()"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the seeds' states are."""

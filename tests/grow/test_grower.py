@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -502,3 +503,11 @@ def test_a_plateau_is_counted_in_whole_numbers(options):
 def test_a_schedule_has_steps_and_commands(schedule):
     with pytest.raises(ConfigError, match="is no pair of a step and a command"):
         morphc.ScheduleController(schedule)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_grower_is_not_copied_but_says_what_is(copied):
+    _, model = grown()
+    grower = morphc.Grower(model, torch.optim.SGD(model.parameters(), 0.1), evaluate=lambda _: 0.0)
+    with pytest.raises(TypeError, match=r"snapshot\(\) or state_dict\(\)"):
+        copied(grower)
