@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ HERE = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A run in a shell's background ignores it, and so would the programs that tests start to interrupt them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Triton reads the variable for its own functions when it is imported, once, and any test file may import it
     # by way of torch: so before all of them. Other tests of the same run are to find their backend as users do,
     # so the variable is set for these alone (see `kernels/conftest.py`).
