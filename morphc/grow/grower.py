@@ -183,7 +183,7 @@ class Grower:
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
             value = loss.detach()
         else:
-            value = torch.tensor(number(loss, "the loss given to step"))
+            value = torch.tensor(self._number_of_step(loss))
         self._closure = closure
         if value.device != self._window.device and self._window.device != self.device:
             self._window = self._window.to(self.device)
@@ -201,6 +201,16 @@ class Grower:
         self._look_ahead()
         return event
 
+    def _number_of_step(self, loss: object) -> float:
+        try:
+            return number(loss, "the loss given to step")
+        except ConfigError as error:
+            if self.ranks.alone:
+                raise
+            # The other ranks go on to what this step sends: all raise at the tick, when they next compare notes.
+            self.ranks.failed = error
+            return math.nan
+
     def _look_ahead(self) -> None:
         """Where candidates for recycling are ranked on the batch before a tick, be ready for that batch."""
         if self.probes is None:
@@ -215,7 +225,9 @@ class Grower:
 
         With several ranks each tells its own, and the mean counts.
         """
-        (metric,) = self.ranks.mean([number(val_metric, "the metric given to epoch")])
+        metric = self.ranks.evaluating(lambda _: number(val_metric, "the metric given to epoch"), "epoch")(
+            self.model
+        )
         event = Event(self.steps)
         told = [cohort for cohort in self.cohorts.open if cohort.metric is not None]
         if told:

@@ -89,6 +89,8 @@ class Ranks:
             self.where = torch.device("cuda", torch.cuda.current_device())
         self._rows: list[tuple[SlotBank, Tensor]] = []
         self._joined = False
+        self.failed: Exception | None = None
+        """What this rank has to tell the others when they next `agree`: it is raised on all."""
 
     @property
     def alone(self) -> bool:
@@ -143,8 +145,8 @@ class Ranks:
         found: list[float] = (packed / self.count).tolist()
         return found
 
-    def evaluating(self, evaluate: Evaluate) -> Evaluate:
-        """`evaluate`, whose metric is the mean over the ranks; an error on one of them is raised on all."""
+    def evaluating(self, evaluate: Evaluate, name: str = "evaluate") -> Evaluate:
+        """`evaluate`, whose metric is the mean over the ranks; an error on one is raised on all, by that name."""
         if self.group is None:
             return evaluate
 
@@ -160,7 +162,7 @@ class Ranks:
                 if error is not None:
                     raise error
                 rank = next(rank for rank, text in enumerate(said) if text)
-                raise RankError(f"evaluate raised on rank {rank}: {said[rank]}")
+                raise RankError(f"{name} raised on rank {rank}: {said[rank]}")
             return metric
 
         return together
@@ -315,9 +317,17 @@ class Ranks:
         """All ranks' seeds are in the same states and hold the same slots, bit for bit. Raises RankError."""
         if self.group is None:
             return
-        mark = torch.tensor(_fingerprint(store), dtype=torch.int64, device=self.where)
+        error, self.failed = self.failed, None
+        numbers = [error is not None, *_fingerprint(store)]
+        mark = torch.tensor(numbers, dtype=torch.int64, device=self.where)
         every = [torch.empty_like(mark) for _ in range(self.count)]
         dist.all_gather(every, mark, group=self.group)
+        if any(each[0] for each in every):
+            said = self.told("" if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            rank = next(rank for rank, text in enumerate(said) if text)
+            raise RankError(f"rank {rank} raised: {said[rank]}")
         if all(torch.equal(each, every[0]) for each in every):
             return
         way_out = (

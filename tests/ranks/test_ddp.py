@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import morphc
-from morphc.errors import RankError
+from morphc.errors import ConfigError, RankError
 from morphc.grow.controllers import CallbackController, Germinate, ScheduleController
 from morphc.grow.recycler import RecycleController
 from morphc.kernels import tuning
@@ -244,6 +244,22 @@ def disagreements() -> None:
             one.seeds["fc1"].slots["bottleneck"].out_weight[0] += 1
     with pytest.raises(RankError, match="the slots' weights differ"):
         steps(one)
+
+    one = grower(compiled(), tick_every=2)
+    one.step(1.0 if rank == 0 else "text")  # type: ignore[arg-type]
+    error, told = (
+        (RankError, "rank 1 raised: .*the loss given to step")
+        if rank == 0
+        else (ConfigError, "the loss given to step is 'text'")
+    )
+    with pytest.raises(error, match=told):
+        one.step(1.0)
+    one.step(1.0), one.step(1.0)
+    error, told = (
+        (RankError, "epoch raised on rank 1") if rank == 0 else (ConfigError, "the metric given to epoch")
+    )
+    with pytest.raises(error, match=told):
+        one.epoch(1.0 if rank == 0 else None)  # type: ignore[arg-type]
 
     def refuses(model: nn.Module) -> float:
         if rank == 1:
