@@ -1,7 +1,7 @@
 """The seeds of a bank in the backward of their site: what the gradient of an activation becomes, and the slots' own.
 
     backward = Backward(spec, config, device)
-    dx = dy.clone()                                   # or empty_like(dy), and copied=False, where `backward.copies`
+    dx = dy.clone()        # or empty_like(dy), and copied=False, where `backward.copies`; or dy, which then becomes dx
     backward(dy, view, dx, view, active, params, stash, gradient, copied=True)
     in_weight_gradient = sections(spec, gradient)["in_weight"]
 
@@ -42,10 +42,13 @@ CROWDED: Final = 128
 """Features of a chunk up to which every blend's gradients fit a thread's registers, whatever the rank."""
 
 PARTS: Final = 64
-"""Ranges of rows that a group is cut into at most, unless a config says otherwise."""
+BLOCKS: Final = 16
+"""A group is cut into so many ranges of rows, and into more where these would have more than so many blocks, unless a
+config says otherwise: there are few groups where only a few of a tall activation's chunks are listed."""
 
 REDUCE_FLOATS: Final = 256
 REDUCE_DEPTH: Final = 8
+REDUCE_DEEP: Final = 32
 REDUCE_WARPS: Final = 4
 
 COPY_BYTES: Final = 256
@@ -327,9 +330,10 @@ def reduce_job(
     copied: bool = True,
     add: bool = False,
     early: bool = False,
+    deep: bool = False,
     target: str = "cuda:90",
 ) -> Job:
-    """`reduce` as `compile_all` and `launch.prepare` take it."""
+    """`reduce` as `compile_all` and `launch.prepare` take it. deep: there are many sums to add up for each slot."""
     floats, positions = reduce_block(spec)
     tile = tile_of(spec, config)
     pointers = {"partial_ptr": "*fp32", "gradient_ptr": "*fp32", "list_ptr": "*i32"}
@@ -338,7 +342,7 @@ def reduce_job(
         "GROUP": tile.group,
         "WIDE": int(wide),
         "IN_PLACE": int(copied),
-        "DEPTH": REDUCE_DEPTH,
+        "DEPTH": REDUCE_DEEP if deep else REDUCE_DEPTH,
         "POSITIONS": positions,
         "FLOATS": floats,
         "ADD": int(add),
@@ -354,6 +358,11 @@ def reduce_job(
         {"num_warps": REDUCE_WARPS},
         target,
     )
+
+
+def least_of(config: TuneConfig, blocks: int) -> int:
+    """Blocks of a group that a program does at least."""
+    return cdiv(blocks, config.splits) if config.splits else min(cdiv(blocks, PARTS), BLOCKS)
 
 
 def reduce_block(spec: KernelSpec) -> tuple[int, int]:
@@ -403,7 +412,7 @@ class Backward:
         self.tile = tile_of(self.spec, config)
         self.programs = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
-        self.reducers: dict[tuple[bool, bool, bool], launch.Prepared] = {}
+        self.reducers: dict[tuple[bool, bool, bool, bool], launch.Prepared] = {}
 
     def __call__(
         self,
@@ -422,9 +431,10 @@ class Backward:
     ) -> None:
         """Gradients through the listed seeds.
 
-        dy: gradient of the site's value; never written. dx: holds a copy of dy, or with `copied=False` nothing yet;
-        None where no seed blends. active: the list. params: the bank's, float32 [K, ...], contiguous, in its order.
-        stash: what the forward saved. gradient: flat, [K * gradient_size] float32; None where no slot trains.
+        dy: gradient of the site's value; only read. dx: holds a copy of dy, and may be dy itself, which then becomes
+        it; with `copied=False` it holds nothing yet; None where no seed blends. active: the list. params: the bank's,
+        float32 [K, ...], contiguous, in its order. stash: what the forward saved. gradient: flat,
+        [K * gradient_size] float32; None where no slot trains.
         add: to what is in it. early: the launch before this one is one of morphc's own that waits by itself.
         """
         if not dy_view.rows:
@@ -433,16 +443,21 @@ class Backward:
             return
         given = dx, dx_view, copied
         even, blocks = blocks_of(self.spec, dy_view, self.tile.rows)
-        least = cdiv(blocks, self.config.splits or PARTS)
+        least = least_of(self.config, blocks)
         groups = cdiv(self.spec.slots, self.tile.group)
         # Programs that have nothing to compute can still copy.
         programs = min(self.programs, blocks * groups) if copied else self.programs
+        read = dy
         if dx is None or dx_view is None:
             dx, dx_view, copied = dy, dy_view, True
+        elif copied:
+            # It reads dx alone, and keeps there what it may have to walk over again.
+            read = torch.empty(stash.shape, dtype=dy.dtype, device=self.device) if self.tile.group > 1 else dx
+            dy_view = dx_view
         # A row of partial sums for every program, and one more whenever it goes on to another group.
         size = (programs + groups) * self.tile.group * row_size(self.spec)
         partial = torch.empty(size, dtype=torch.float32, device=self.device)
-        tensors = [dy, dx, stash, active, *params, partial]
+        tensors = [read, dx, stash, active, *params, partial]
         pointers = [tensor.data_ptr() for tensor in tensors]
         bits = 0
         for pointer in pointers:
@@ -465,7 +480,8 @@ class Backward:
             return
         floats, positions = reduce_block(self.spec)
         grid = (cdiv(gradient_size(self.spec), floats), cdiv(self.spec.slots, positions), 1)
-        reducer = self.reducers.get((wide, copied, add)) or self._prepare_reduce(wide, copied, add)
+        key = wide, copied, add, min(programs, cdiv(blocks, least)) > 2 * PARTS
+        reducer = self.reducers.get(key) or self._prepare_reduce(*key)
         reducer.launch(grid, partial, gradient, active, dy_view.rows, dy_view.inner, programs, least)
 
     def _prepare(self, variant: Variant) -> launch.Prepared | None:
@@ -484,14 +500,21 @@ class Backward:
         self.variants[variant] = prepared
         return prepared
 
-    def _prepare_reduce(self, wide: bool, copied: bool, add: bool) -> launch.Prepared:
-        target = target_of(self.device)
-        early = follows_early(self.device)
+    def _prepare_reduce(self, wide: bool, copied: bool, add: bool, deep: bool) -> launch.Prepared:
         job = reduce_job(
-            self.spec, self.config, wide=wide, copied=copied, add=add, early=early, target=target
+            self.spec,
+            self.config,
+            wide=wide,
+            copied=copied,
+            add=add,
+            early=follows_early(self.device),
+            deep=deep,
+            target=target_of(self.device),
         )
-        self.reducers[wide, copied, add] = launch.prepare_job(job, self.device, pdl=early)
-        return self.reducers[wide, copied, add]
+        self.reducers[wide, copied, add, deep] = launch.prepare_job(
+            job, self.device, pdl=bool(job.constants["EARLY"])
+        )
+        return self.reducers[wide, copied, add, deep]
 
 
 def follows_early(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Walk = Literal["last", "channels_first"]
@@ -63,6 +64,11 @@ def view_of(y: Tensor, axis: int) -> View | None:
     if step is None:
         return View("last", rows, features, 1)
     return View("last", rows, step, 1) if step >= features else None
+
+
+def is_dense(y: Tensor) -> bool:
+    """Whether a clone of `y` has its strides."""
+    return y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
 
 
 def walkable(tap: Tensor) -> Tensor:

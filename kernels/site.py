@@ -10,11 +10,12 @@ from typing import NamedTuple, Protocol
 import torch
 from msgspec.structs import replace
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from morphc.kernels import active, gradient, ladder, tap_join, tap_step, training, tuning
 from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
 from morphc.kernels.compile import SHARED_LIMITS
-from morphc.kernels.layout import View, Walk, view_of
+from morphc.kernels.layout import View, Walk, is_dense, view_of
 from morphc.kernels.reference.active_list import length
 from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.tap import plan
@@ -25,9 +26,14 @@ class Stepper(Protocol):
     """Steps the slots of a bank by AdamW."""
 
     def step(
-        self, active: Tensor, bank: training.Bank, gradients: Sequence[Tensor], rates: training.Rates
+        self,
+        active: Tensor,
+        bank: training.Bank,
+        gradients: Sequence[Tensor],
+        rates: training.Rates,
+        scale: Tensor | None = None,
     ) -> None:
-        """One step of the slots that train; gradients: of the bank's parameters, in their order."""
+        """See `morphc.kernels.training.Trainer.step`."""
 
 
 class ListedBank(ABC):
@@ -58,12 +64,17 @@ class ListedBank(ABC):
         self._list(owner, lifecycle, alpha, listed, blends, isolated, trains)
 
     def step(
-        self, listed: Tensor, bank: training.Bank, gradients: Sequence[Tensor], rates: training.Rates
+        self,
+        listed: Tensor,
+        bank: training.Bank,
+        gradients: Sequence[Tensor],
+        rates: training.Rates,
+        scale: Tensor | None = None,
     ) -> None:
-        """One AdamW step of the slots that train."""
+        """One AdamW step of the slots that train, see `morphc.kernels.training.Trainer.step`."""
         if self._stepper is None:
             self._stepper = self.new_stepper()
-        self._stepper.step(listed, bank, gradients, rates)
+        self._stepper.step(listed, bank, gradients, rates, scale)
 
     @abstractmethod
     def new_stepper(self) -> Stepper:
@@ -113,10 +124,12 @@ class BankKernels(ListedBank):
         params: Sequence[Tensor],
         stash: Tensor,
         isolated_only: bool,
+        owned: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradient of the site's input, and of every parameter [K, ...]; `grad` is never written.
+        """Gradient of the site's input, and of every parameter [K, ...].
 
-        like: the forward's value, by its memory. isolated_only: no seed blends, so `grad` passes as it is.
+        like: the forward's value, by its memory. isolated_only: no seed blends, so `grad` passes as it is. owned:
+        `grad` may be written, and becomes the result where its memory allows it; else it is only read.
         """
         dy, dy_view = like.walked(grad, self.spec.layout)
         bucket = tuning.bucket(dy_view.rows)
@@ -133,13 +146,17 @@ class BankKernels(ListedBank):
         if isolated_only:
             kernel(dy, dy_view, None, None, listed, params, stash, flat)
             dx = grad
+        elif dy is not grad or (owned and is_dense(dy)):
+            kernel(dy, dy_view, dy, dy_view, listed, params, stash, flat)
+            dx = dy
         else:
             copied = not kernel.copies
             dx = dy.clone(memory_format=torch.preserve_format) if copied else torch.empty_like(dy)
             dx_view = view_of(dx, like.axis)
             assert dx_view is not None
             kernel(dy, dy_view, dx, dx_view, listed, params, stash, flat, copied=copied)
-        return dx, list(gradient.sections(self.spec, flat).values())
+        # The flat buffer holds one parameter after the other: views of it, made by one call.
+        return dx, list(_unflatten_dense_tensors(flat, tuple(params)))  # type: ignore[no-untyped-call]
 
     def reconstruct(
         self,

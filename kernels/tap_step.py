@@ -2,8 +2,9 @@
 
     TapStepper(spec, geometry, device).step(active, bank, gradients, rates)
 
-Two launches: `count` counts the steps of the slots that train, `adamw` steps them, several programs a slot. Nothing of
-a slot that doesn't train moves. `morphc.kernels.reference.adamw` says what is computed.
+Two launches: `count` counts the steps of the slots that train and looks whether their gradients are finite, `adamw`
+steps them, several programs a slot. Nothing of a slot that doesn't train moves. `morphc.kernels.reference.adamw` says
+what is computed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
 from morphc.kernels.reference.blends import blend_shapes
 from morphc.kernels.spec import KernelSpec
-from morphc.kernels.templating import cdiv
+from morphc.kernels.templating import cdiv, next_pow2
 from morphc.kernels.training import Bank, Rates
 
 FLOATS: Final = 1024
-BLOCK: Final = 512
 SHARED: Final = 8
 """Blocks of FLOATS that one program does, where a slot's largest parameter has so many."""
 
@@ -46,25 +46,29 @@ def source(spec: KernelSpec, geometry: Geometry) -> Source:
     return codegen.render("tap_step.py.jinja", spec, sizes=sizes_of(spec, geometry))
 
 
-def jobs(spec: KernelSpec, geometry: Geometry, target: str = "cuda:90") -> tuple[Job, Job]:
+def across_of(spec: KernelSpec, geometry: Geometry) -> int:
+    """Programs that share a slot."""
+    return max(1, cdiv(max(size for _, size in sizes_of(spec, geometry)), SHARED * FLOATS))
+
+
+def jobs(
+    spec: KernelSpec, geometry: Geometry, target: str = "cuda:90", *, scaled: bool = False
+) -> tuple[Job, Job]:
     """`count` and `adamw` as `compile_all` and `launch.prepare` take them."""
-    made = source(spec, geometry)
-    count = Job(
-        made,
-        "count",
-        {"list_ptr": "*i32", "step_ptr": "*i64"},
-        {"BLOCK": BLOCK},
-        options={"num_warps": 4},
-        target=target,
-    )
+    made, sizes = source(spec, geometry), sizes_of(spec, geometry)
+    last = {"step_ptr": "*i64", "lost_ptr": "*i32", "loss_scale_ptr": "*fp32"}
+    constants = {"FLOATS": FLOATS, "SCALED": int(scaled)}
+    given = {f"{name}_gradient_ptr": "*fp32" for name, _ in sizes}
+    options = {"num_warps": 4}
+    count = Job(made, "count", {"list_ptr": "*i32"} | given | last, constants, options=options, target=target)
     signature = {"list_ptr": "*i32"}
-    for name, _ in sizes_of(spec, geometry):
+    for name, _ in sizes:
         for what in ("gradient_", "", "mean_", "square_"):
             signature[f"{name}_{what}ptr"] = "*fp32"
-    signature["step_ptr"] = "*i64"
     moments = [f"{moment}_{what}" for moment in ("mean", "square") for what in ("keep", "rate", "log")]
-    signature |= dict.fromkeys(("lr", "keep", *moments, "eps"), "fp32")
-    adamw = Job(made, "adamw", signature, {"FLOATS": FLOATS}, options={"num_warps": 4}, target=target)
+    signature |= last | dict.fromkeys(("lr", "keep", *moments, "eps"), "fp32")
+    constants = {"FLOATS": FLOATS, "LANES": next_pow2(across_of(spec, geometry)), "SCALED": int(scaled)}
+    adamw = Job(made, "adamw", signature, constants, options=options, target=target)
     return count, adamw
 
 
@@ -73,15 +77,31 @@ class TapStepper:
 
     def __init__(self, spec: KernelSpec, geometry: Geometry, device: torch.device) -> None:
         self.slots = spec.slots
-        self.across = max(1, cdiv(max(size for _, size in sizes_of(spec, geometry)), SHARED * FLOATS))
-        self._count, self._adamw = (
-            launch.prepare_job(job, device) for job in jobs(spec, geometry, target_of(device))
-        )
+        self.spec, self.geometry, self.device = spec, geometry, device
+        self.across = across_of(spec, geometry)
+        self._kernels: dict[bool, tuple[launch.Prepared, launch.Prepared]] = {}
 
-    def step(self, active: Tensor, bank: Bank, gradients: Sequence[Tensor], rates: Rates) -> None:
-        """AdamW of every slot that trains, listed or not. gradients: of the bank's parameters [K, ...], in order."""
+    def step(
+        self,
+        active: Tensor,
+        bank: Bank,
+        gradients: Sequence[Tensor],
+        rates: Rates,
+        scale: Tensor | None = None,
+    ) -> None:
+        """AdamW of every slot that trains, listed or not; see `morphc.kernels.training.Trainer.step`."""
         tensors: list[Tensor] = []
         for each in zip(gradients, bank.params, bank.means, bank.squares, strict=True):
             tensors += each
-        self._count((cdiv(self.slots, BLOCK), 1, 1), active, bank.step)
-        self._adamw((self.across, self.slots, 1), active, *tensors, bank.step, *rates.scalars)
+        scaled = scale is not None
+        if scaled not in self._kernels:
+            target = target_of(self.device)
+            count, adamw = jobs(self.spec, self.geometry, target, scaled=scaled)
+            prepared = launch.prepare_job(count, self.device), launch.prepare_job(adamw, self.device)
+            self._kernels[scaled] = prepared
+        count_kernel, adamw_kernel = self._kernels[scaled]
+        grid = (self.across, self.slots, 1)
+        lost = torch.empty(self.slots * self.across, dtype=torch.int32, device=self.device)
+        last = bank.step, lost, tensors[0] if scale is None else scale
+        count_kernel(grid, active, *gradients, *last)
+        adamw_kernel(grid, active, *tensors, *last, *rates.scalars)

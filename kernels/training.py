@@ -4,10 +4,10 @@
     trainer.step(active, bank, gradients, rates)                        # from the bank's own gradients
     trainer.reconstruct(x, view, active, bank, loss, rates)             # isolated seeds learn to give their chunk back
 
-`step` is one launch. `reconstruct` is two: `train` sums errors and gradients over ranges of rows, as `backward` of
-`morphc.kernels.gradient` does, and counts the slots' steps; `adamw` adds the sums up in a fixed order and steps
-the slots. Nothing of a slot that doesn't train moves. `morphc.kernels.reference.train` and `.adamw` say what is
-computed.
+`step` is one launch, which also looks whether gradients are finite. `reconstruct` is two: `train` sums errors and
+gradients over ranges of rows, as `backward` of `morphc.kernels.gradient` does, and counts the slots' steps; `adamw`
+adds the sums up in a fixed order and steps the slots. Nothing of a slot that doesn't train moves.
+`morphc.kernels.reference.train` and `.adamw` say what is computed.
 """
 
 from __future__ import annotations
@@ -152,10 +152,11 @@ def adamw_job(
     sums: bool,
     wide: bool = False,
     early: bool = False,
+    scaled: bool = False,
     target: str = "cuda:90",
 ) -> Job:
     """`adamw` as `compile_all` and `launch.prepare` take it."""
-    signature = {"list_ptr": "*i32", "partial_ptr": "*fp32", "loss_ptr": "*fp32"}
+    signature = {"list_ptr": "*i32", "partial_ptr": "*fp32", "loss_ptr": "*fp32", "loss_scale_ptr": "*fp32"}
     for param in gradient.params_of(spec):
         for what in ("gradient_", "", "mean_", "square_"):
             signature[f"{param.name}_{what}ptr"] = "*fp32"
@@ -171,6 +172,7 @@ def adamw_job(
         "DEPTH": DEPTH if sums else 1,
         "FLOATS": _floats(spec, sums),
         "SUMS": int(sums),
+        "SCALED": int(scaled),
         "EARLY": int(early),
     }
     options = {"num_warps": ADAMW_WARPS}
@@ -211,14 +213,26 @@ class Trainer:
         self.tile = gradient.tile_of(self.spec, config)
         self.workers = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
-        self.steppers: dict[tuple[bool, bool], launch.Prepared] = {}
+        self.steppers: dict[tuple[bool, bool, bool], launch.Prepared] = {}
 
-    def step(self, active: Tensor, bank: Bank, gradients: Sequence[Tensor], rates: Rates) -> None:
-        """AdamW of every slot that trains, listed or not. gradients: of the bank's parameters [K, ...], in order."""
+    def step(
+        self,
+        active: Tensor,
+        bank: Bank,
+        gradients: Sequence[Tensor],
+        rates: Rates,
+        scale: Tensor | None = None,
+    ) -> None:
+        """AdamW of every slot that trains, listed or not; one with a gradient that isn't finite stays as it is.
+
+        gradients: of the bank's parameters [K, ...], in order. scale: what the loss was multiplied by, one float32 on
+        the device.
+        """
         nothing = bank.params[0]
         tensors = self._tensors(bank, gradients)
-        arguments = (active, nothing, nothing, *tensors, *rates.scalars, 0, 1, 1, 1)
-        self._stepper(False, False).launch((1, self.spec.slots, 1), *arguments)
+        given = nothing if scale is None else scale
+        arguments = (active, nothing, nothing, given, *tensors, *rates.scalars, 0, 1, 1, 1)
+        self._stepper(False, scaled=scale is not None).launch((1, self.spec.slots, 1), *arguments)
 
     def reconstruct(
         self,
@@ -239,7 +253,7 @@ class Trainer:
         if not view.rows:
             return
         even, blocks = gradient.blocks_of(self.spec, view, self.tile.rows)
-        least = cdiv(blocks, self.config.splits or gradient.PARTS)
+        least = gradient.least_of(self.config, blocks)
         groups = cdiv(self.spec.slots, self.tile.group)
         workers = min(self.workers, blocks * groups)
         size = (workers + groups) * self.tile.group * gradient.row_size(self.spec, extra=1)
@@ -259,7 +273,18 @@ class Trainer:
         kernel.launch((workers, 1, 1), x, active, *bank.params, partial, bank.step, *numbers)
         across = cdiv(gradient.row_size(self.spec, extra=1), _floats(self.spec, True))
         tensors = self._tensors(bank, bank.params)
-        arguments = (active, partial, loss, *tensors, *rates.scalars, view.rows, view.inner, workers, least)
+        arguments = (
+            active,
+            partial,
+            loss,
+            loss,
+            *tensors,
+            *rates.scalars,
+            view.rows,
+            view.inner,
+            workers,
+            least,
+        )
         self._stepper(True, wide).launch((across, self.spec.slots, 1), *arguments)
 
     def _tensors(self, bank: Bank, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -284,20 +309,25 @@ class Trainer:
         self.variants[variant] = prepared
         return prepared
 
-    def _stepper(self, sums: bool, wide: bool) -> launch.Prepared:
-        if (sums, wide) not in self.steppers:
+    def _stepper(self, sums: bool, wide: bool = False, scaled: bool = False) -> launch.Prepared:
+        key = sums, wide, scaled
+        if key not in self.steppers:
             early = sums and gradient.follows_early(self.device)
             target = target_of(self.device)
-            job = adamw_job(self.spec, self.config, sums=sums, wide=wide, early=early, target=target)
-            self.steppers[sums, wide] = launch.prepare_job(job, self.device, pdl=early)
-        return self.steppers[sums, wide]
+            job = adamw_job(
+                self.spec, self.config, sums=sums, wide=wide, early=early, scaled=scaled, target=target
+            )
+            self.steppers[key] = launch.prepare_job(job, self.device, pdl=early)
+        return self.steppers[key]
 
 
 def bank_of(bank: Any, names: Sequence[str]) -> Bank:
     """The tensors of a slot bank (`morphc.runtime.bank.SlotBank`), in the order of its parameters."""
-    moments: Mapping[str, Tensor] = dict(bank.opt.named_buffers())
+    # Not by `get_parameter` and its like, which take longer than the launch.
+    params: Mapping[str, Tensor] = bank._parameters
+    moments: Mapping[str, Tensor] = bank.opt._buffers
     return Bank(
-        [bank.get_parameter(name) for name in names],
+        [params[name] for name in names],
         [moments[f"exp_avg_{name}"] for name in names],
         [moments[f"exp_avg_sq_{name}"] for name in names],
         moments["step"],

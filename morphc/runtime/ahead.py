@@ -181,7 +181,8 @@ def _chunk_bank(
             forward(y, listed, params, saved, begins_early)
     like = Like(tuple(y.shape), y.stride(), axis)
     for isolated_only in (not blending_first, blending_first):
-        kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only)
+        for owned in (False, True):
+            kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only, owned)
 
 
 def _tap_bank(kernels: TapBankKernels, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:

@@ -12,12 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from morphc.kernels import backend, gradient, training
 from morphc.kernels.active import stash_shape
-from morphc.kernels.layout import View, view_of, walkable
-from morphc.kernels.reference.active_list import FLAGS, HEADER, SLOT
+from morphc.kernels.layout import View, is_dense, view_of, walkable
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
 from morphc.kernels.site_spec import SiteSpec
 from morphc.lifecycle import BLENDS, TRAINS
-from morphc.runtime import compact
+from morphc.runtime import compact, ownership
 from morphc.runtime.active import jit_traced
 from morphc.runtime.bank import SlotBank
 from morphc.runtime.lasting import lasting
@@ -186,7 +185,7 @@ class Ready:
             site.engine.listed(site, self.name, self.bank, self.kernels, self.device)
             listed, early = site.engine.lists[self.name, self.device], False
             self.listed = listed
-        if not owned or (graded and _not_to_be_written(y)):
+        if not owned or (graded and _is_written_leaf(y)):
             # It keeps its strides: what has gaps was copied before.
             y, early = y.clone(memory_format=torch.preserve_format), False
         early = early and self.follows
@@ -215,17 +214,17 @@ class Join(torch.autograd.Function):
     ) -> Tensor:
         stash = y.new_empty(ready.room)
         ready.forward(y, active, leaves, stash, early)
-        ctx.mark_dirty(y)
         ctx.save_for_backward(active, stash, *leaves)
         ctx.kernels, ctx.like, ctx.isolated_only = ready.kernels, ready.like, isolated_only
-        return y
+        return _written(ctx, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         active, stash, *params = ctx.saved_tensors
         kernels: BankKernels = ctx.kernels
-        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only)
+        owned = ownership.nobody_else_has(grad)
+        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only, owned)
         return passed, None, None, None, None, *slot_grads
 
 
@@ -256,11 +255,10 @@ class TapJoin(torch.autograd.Function):
             z = y.new_empty(kernels.z_shape(view.rows))
             stash = y.new_empty(kernels.stash_shape(view.rows))
             kernels.forward(y, view, active, params, tap, z, stash)
-        ctx.mark_dirty(y)
         ctx.save_for_backward(active, tap, z, stash, *params)
         ctx.kernels = kernels
         ctx.like = Like(tuple(y.shape), y.stride(), axis)
-        return y
+        return _written(ctx, y)
 
     @staticmethod
     @once_differentiable
@@ -321,7 +319,7 @@ def join(
     if tap is not None and (read is None or read.shape[0] != walk.rows):
         return None
     active = site.engine.listed(site, name, bank, kernels, y.device)
-    must_copy = not owned or (torch.is_grad_enabled() and _not_to_be_written(y))
+    must_copy = not owned or (torch.is_grad_enabled() and _is_written_leaf(y))
     if isinstance(kernels, BankKernels):
         lasting = len(site.slots._modules) == 1 and is_dense(y) and not _replaced(bank)
         if must_copy and not is_dense(y):
@@ -347,14 +345,23 @@ def join(
     return joined
 
 
-def _not_to_be_written(y: Tensor) -> bool:
-    """Whether autograd forbids writing to `y`."""
-    return y._is_view() or (y.is_leaf and y.requires_grad)
+def _is_written_leaf(y: Tensor) -> bool:
+    """Whether autograd forbids writing to `y`, whatever it is a view of."""
+    return y.is_leaf and y.requires_grad
 
 
-def is_dense(y: Tensor) -> bool:
-    """Whether a clone of `y` has its strides."""
-    return y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
+def _written(ctx: Any, y: Tensor) -> Tensor:
+    """What a function returns that has written to its input.
+
+    A Linear's value is a view of a product's, and autograd would copy gradients around to keep track of who sees
+    what. But the layer has just made both, nobody else has them, and the product's backward reads neither: so the same
+    memory goes on as a tensor of its own.
+    """
+    if not y._is_view():
+        ctx.mark_dirty(y)
+        return y
+    torch.autograd.graph.increment_version(y)
+    return y.detach()
 
 
 def _replaced(bank: SlotBank) -> bool:
@@ -378,25 +385,33 @@ def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
     )
 
 
-def step(site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any], finite: Tensor) -> bool:
+def step(
+    site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any], scale: Tensor | None = None
+) -> bool:
     """One AdamW step of the bank's slots that train, on kernels; False where torch has to do it.
 
-    finite [K]: the slots whose gradient is finite; the others are left as they are.
+    scale: what the loss was multiplied by. Slots whose gradient isn't finite are left as they are.
     """
-    param = bank.get_parameter(bank.names[0])
+    param = bank._parameters[bank.names[0]]
+    assert param is not None
     if param.dtype != torch.float32 or backend.chosen(site.backend, param.device) != "triton":
         return False
-    view = View("last", 1, site.features, 1)
-    kernels = site.engine.bank(site, name, bank, param, view)
+    if scale is not None and not site.isolated_states:
+        return False  # the list doesn't tell the seeds whose gradients come from a loss that wasn't scaled
+    kernels = site.engine.bank(site, name, bank, param, View("last", 1, site.features, 1))
     if kernels is None:
         return False
-    grads = bank.grads()
-    if all(grad is None for grad in grads.values()):
+    leaves = [bank._leaves[key] for key in bank.names]
+    grads = [leaf.grad for leaf in leaves]
+    if all(grad is None for grad in grads):
         return True
-    found = [torch.zeros_like(param) if grad is None else grad.contiguous() for grad in grads.values()]
-    active = site.engine.listed(site, name, bank, kernels, param.device).clone()
-    slots, flags = (active[HEADER + place * bank.slots :][: bank.slots] for place in (SLOT, FLAGS))
-    flags.mul_(finite.to(flags.device)[slots])
-    kernels.step(active, training.bank_of(bank, bank.names), found, training.Rates(**options))
+    found = [
+        torch.zeros_like(leaf) if grad is None or key in bank.frozen else grad.contiguous()
+        for key, leaf, grad in zip(bank.names, leaves, grads, strict=True)
+    ]
+    if scale is not None:
+        scale = scale.detach().to(param.device, torch.float32)
+    active = site.engine.listed(site, name, bank, kernels, param.device)
+    kernels.step(active, training.bank_of(bank, bank.names), found, training.Rates(**options), scale)
     bank.zero_grads()
     return True

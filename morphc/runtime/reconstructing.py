@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from morphc.kernels import training
-from morphc.kernels.layout import View
+from morphc.kernels.layout import View, is_dense
 from morphc.kernels.reference.active_list import HEADER
 from morphc.kernels.site import BankKernels
 from morphc.lifecycle import BLENDS, ISOLATED, TRAINS, Mode
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
 def save(site: SeedSite, name: str, bank: SlotBank, y: Tensor) -> Saved | None:
     """The chunks of the isolated seeds; None where kernels don't do it."""
-    if site.mode is not Mode.TRAINING or bank.spatial or not engine.is_dense(y):
+    if site.mode is not Mode.TRAINING or bank.spatial or not is_dense(y):
         return None
     view = engine.view(site, y)
     kernels = site.engine.bank(site, name, bank, y, view) if view is not None else None

@@ -202,6 +202,8 @@ class SeedStore:
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
                     isolation.step(site, name, bank, options)
+                    if engine.step(site, name, bank, options, scale):
+                        continue
                     own = isolation.unscaled(site, bank)
                     finite = None if scale is None else bank.clean_grads(scale, own)
                     by_torch = chosen(site.backend, bank.owner.device) == "torch"
@@ -209,8 +211,7 @@ class SeedStore:
                         continue
                     if finite is None:
                         finite = bank.clean_grads(None, own)
-                    if not engine.step(site, name, bank, options, finite):
-                        bank.step(site.train_rows(bank) & finite, **options)
+                    bank.step(site.train_rows(bank) & finite, **options)
 
     def reset_telemetry(self) -> None:
         """Begin a new telemetry window of every seed."""

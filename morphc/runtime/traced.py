@@ -75,7 +75,7 @@ class _Site(torch.autograd.Function):
             d_layer if wants_layer else None,
             d_block if wants_block else None,
             # Only where nobody asks for `passed` must the op be kept alive by a gradient of its own.
-            None if wants_y else token,
+            None if wants_y else token.nan_to_num().clamp(0.0, 0.0),
             None,
             None,
             None,
@@ -218,7 +218,7 @@ def _join_backward(
     wants_layer: bool,
     wants_block: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token, and the gradients of the taps; empty where they aren't wanted."""
+    """A token of any value, and the gradients of the taps; empty where they aren't wanted."""
     storage = kept.untyped_storage()
     size = storage.nbytes()
     taps: tuple[Tensor | None, Tensor | None] = None, None
@@ -234,7 +234,7 @@ def _join_backward(
                 taps = _again(site, grad, y, layer, block, mode, wants_layer, wants_block)
     d_layer, d_block = taps
     return (
-        grad.new_zeros(1, dtype=torch.float32),
+        grad.new_empty(1, dtype=torch.float32),
         _grad_of(layer, d_layer, wants_layer, grad),
         _grad_of(block, d_block, wants_block, grad),
     )
@@ -262,7 +262,7 @@ def _kernels_backward(
     leaves = tuple(bank.leaves().values())
     with torch.no_grad():
         passed, found = kernels.backward(
-            grad, like, listed, [leaf.detach() for leaf in leaves], stash, mode is Mode.TRAINING
+            grad, like, listed, [leaf.detach() for leaf in leaves], stash, mode is Mode.TRAINING, owned=True
         )
         _into(grad, passed)
         for leaf, slots in zip(leaves, found, strict=True):

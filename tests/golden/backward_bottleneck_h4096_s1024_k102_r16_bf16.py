@@ -296,6 +296,7 @@ def _walk(
     DX: tl.constexpr,
     DW: tl.constexpr,
     DENSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     FAST: tl.constexpr,
@@ -305,9 +306,13 @@ def _walk(
     isn't negative. Whether all that was computed is finite; if not, one chunk's Inf may have come to all.
 
     partial: the row of the group's first chunk. first_unit: where the hidden units begin, if they don't all fit.
+    IN_PLACE: dx holds dy. The first walk over a group of chunks puts what it overwrites into `dy`, laid out as the saved
+    chunks are, and a walk over one of them reads it there.
     """
     # Whether tiles hold what is no element of the activation, or another chunk's.
     MASKED: tl.constexpr = not EVEN or (GROUP > 1 and not DENSE) or COLUMNS > GROUP * CHUNK
+    # Whether this walk overwrites what a second one would have to read.
+    KEEP: tl.constexpr = IN_PLACE and DX and GROUP > 1
     position, slot, column, feature, inside = _columns(list_ptr, first, count, GROUP, COLUMNS)
     if GROUP > 1:
         inside = inside & ((alone < 0) | (position - first == alone))
@@ -369,7 +374,16 @@ def _walk(
         if not EVEN:
             there = there & live[:, None]
         x = _take(x_ptr + saved + at, there, MASKED)
-        dy = _take(dy_ptr + start + _offsets(row, feature, dy_stride, inner), there, MASKED)
+        offset = _offsets(row, feature, dy_stride, inner)
+        if KEEP and not DENSE:
+            dy_start = tl.where(alone < 0, dx_ptr + start, dy_ptr + saved)
+            dy = _take(dy_start + tl.where(alone < 0, offset, at), there, MASKED)
+        elif IN_PLACE:
+            dy = _take(dx_ptr + start + offset, there, MASKED)
+        else:
+            dy = _take(dy_ptr + start + offset, there, MASKED)
+        if KEEP:
+            tl.store(dy_ptr + saved + at, dy.to(dy_ptr.dtype.element_ty), mask=there & (alone < 0))
         if DW or not SLICED:
             h = _to_units(x, in_weight, PIECES, UNITS_FIRST, PRECISION) - minus_bias
         ds = dy
@@ -499,7 +513,8 @@ def backward(
 ):
     """dx of the chunks that blend, and partial sums of the gradients of the slots that train.
 
-    IN_PLACE: dx holds a copy of dy. Else what no seed blends into is copied from dy here.
+    IN_PLACE: dx holds what dy is elsewhere, and dy is room for chunks that are walked over twice; both strides are dx's.
+    Else what no seed blends into is copied from dy here.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -529,59 +544,54 @@ def backward(
             broken = first < 0
             for alone in tl.range(-1, GROUP if GROUP > 1 else 0, disable_licm=True):
                 if (alone < 0) | broken:
-                    read_ptr, read_stride = dy_ptr, dy_stride
-                    if IN_PLACE:
-                        # What the first walk spoilt is still as it was in dy.
-                        read_ptr = tl.where(alone < 0, dx_ptr, dy_ptr)
-                        read_stride = tl.where(alone < 0, dx_stride, dy_stride)
                     # One walk for both would be done with fewer reads and more registers.
                     if UNITS < RANK or PIECES > 1:
                         if trains:
                             for unit in tl.range(0, RANK, UNITS, disable_licm=True):
                                 finite = _walk(
-                                    stash_ptr, read_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
+                                    stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
                                     out_weight_ptr, out_bias_ptr, mine_ptr,
                                     first, count, blending, alone, unit, first_block, last_block, rows,
-                                    read_stride, dx_stride, inner,
+                                    dy_stride, dx_stride, inner,
                                     ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False,
-                                    EVEN, WIDE, FAST, PRECISION,
+                                    IN_PLACE, EVEN, WIDE, FAST, PRECISION,
                                 )
                         if first < blending:
                             finite = _walk(
-                                stash_ptr, read_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
+                                stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
                                 out_weight_ptr, out_bias_ptr, mine_ptr,
-                                first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
+                                first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
                                 dx_stride, inner,
-                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, EVEN,
-                                WIDE, FAST, PRECISION,
+                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False,
+                                IN_PLACE, EVEN, WIDE, FAST, PRECISION,
                             )
                         finite = first >= 0
                     elif first >= blending:
                         finite = _walk(
-                            stash_ptr, read_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
+                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
                             out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
+                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False, EVEN, WIDE,
-                            FAST, PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False, IN_PLACE,
+                            EVEN, WIDE, FAST, PRECISION,
                         )
                     elif trains:
                         finite = _walk(
-                            stash_ptr, read_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
+                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
                             out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
+                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, EVEN, WIDE,
-                            FAST, PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, IN_PLACE,
+                            EVEN, WIDE, FAST, PRECISION,
                         )
                     else:
                         finite = _walk(
-                            stash_ptr, read_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
+                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
                             out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, read_stride,
+                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
                             dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, EVEN, WIDE,
-                            FAST, PRECISION,
+                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, IN_PLACE,
+                            EVEN, WIDE, FAST, PRECISION,
                         )
                     broken = broken | ~finite
 

@@ -525,6 +525,14 @@ def train(
 
 
 @triton.jit
+def _unscaled(gradient, loss_scale, SCALED: tl.constexpr):
+    """The gradient of the loss itself, which was multiplied by `loss_scale`."""
+    if SCALED:
+        gradient = tl.div_rn(gradient, loss_scale)
+    return gradient
+
+
+@triton.jit
 def _update(
     param_ptr,
     mean_ptr,
@@ -559,6 +567,7 @@ def adamw(
     list_ptr,
     partial_ptr,
     loss_ptr,
+    loss_scale_ptr,
     in_weight_gradient_ptr,
     in_weight_ptr,
     in_weight_mean_ptr,
@@ -595,12 +604,15 @@ def adamw(
     DEPTH: tl.constexpr,
     FLOATS: tl.constexpr,
     SUMS: tl.constexpr,
+    SCALED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One step of every slot that trains. Grid: the second axis is the position in the list.
 
     SUMS: gradients are those that `train` has left in `partial`, with their losses; of seeds that are isolated. It has
-    counted the step too, and programs along the first axis share a slot. Else gradients are in their own buffers.
+    counted the step too, and programs along the first axis share a slot. Else gradients are in their own buffers, each
+    slot has one program, and SCALED says whether they are to be divided by `loss_scale`. A slot that has a gradient which
+    isn't finite sits the step out.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -637,6 +649,29 @@ def adamw(
             if (tl.program_id(0) == 0) & (error * 0.0 != 0.0):
                 tl.store(step_ptr + slot, step - 1)
         else:
+            loss_scale = 1.0
+            if SCALED:
+                loss_scale = tl.load(loss_scale_ptr)
+            lost = tl.zeros([FLOATS], tl.float32)
+            for begin in range(0, PER_SLOT, FLOATS):
+                number = begin + tl.arange(0, FLOATS)
+                at = slot * 55 + (number - IN_WEIGHT)
+                there = (number >= IN_WEIGHT) & (number < 55)
+                gradient = tl.load(in_weight_gradient_ptr + at, mask=there, other=0.0)
+                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+                at = slot * 5 + (number - IN_BIAS)
+                there = (number >= IN_BIAS) & (number < 60)
+                gradient = tl.load(in_bias_gradient_ptr + at, mask=there, other=0.0)
+                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+                at = slot * 55 + (number - OUT_WEIGHT)
+                there = (number >= OUT_WEIGHT) & (number < 115)
+                gradient = tl.load(out_weight_gradient_ptr + at, mask=there, other=0.0)
+                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+                at = slot * 11 + (number - OUT_BIAS)
+                there = (number >= OUT_BIAS) & (number < 126)
+                gradient = tl.load(out_bias_gradient_ptr + at, mask=there, other=0.0)
+                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+            finite = tl.sum(lost, axis=0) == 0.0
             step += 1
         correction = (1.0 - tl.exp(step.to(tl.float64) * mean_log)).to(tl.float32)
         square_correction = (1.0 - tl.exp(step.to(tl.float64) * square_log)).to(tl.float32)
@@ -658,7 +693,9 @@ def adamw(
             if SUMS:
                 there = there & finite & (gradient * 0.0 == 0.0)
             else:
+                there = there & finite
                 gradient = tl.load(in_weight_gradient_ptr + at, mask=there, other=0.0)
+                gradient = _unscaled(gradient, loss_scale, SCALED)
             _update(
                 in_weight_ptr, in_weight_mean_ptr, in_weight_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
@@ -668,7 +705,9 @@ def adamw(
             if SUMS:
                 there = there & finite & (gradient * 0.0 == 0.0)
             else:
+                there = there & finite
                 gradient = tl.load(in_bias_gradient_ptr + at, mask=there, other=0.0)
+                gradient = _unscaled(gradient, loss_scale, SCALED)
             _update(
                 in_bias_ptr, in_bias_mean_ptr, in_bias_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
@@ -678,7 +717,9 @@ def adamw(
             if SUMS:
                 there = there & finite & (gradient * 0.0 == 0.0)
             else:
+                there = there & finite
                 gradient = tl.load(out_weight_gradient_ptr + at, mask=there, other=0.0)
+                gradient = _unscaled(gradient, loss_scale, SCALED)
             _update(
                 out_weight_ptr, out_weight_mean_ptr, out_weight_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
@@ -688,10 +729,12 @@ def adamw(
             if SUMS:
                 there = there & finite & (gradient * 0.0 == 0.0)
             else:
+                there = there & finite
                 gradient = tl.load(out_bias_gradient_ptr + at, mask=there, other=0.0)
+                gradient = _unscaled(gradient, loss_scale, SCALED)
             _update(
                 out_bias_ptr, out_bias_mean_ptr, out_bias_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
             )
         if not SUMS:
-            tl.store(step_ptr + slot, step)
+            tl.store(step_ptr + slot, step, mask=finite)

@@ -280,7 +280,8 @@ def test_functional_call_in_a_graph_takes_the_hosts_parameters() -> None:
 def test_the_ops_pass_opcheck() -> None:
     site = morphc.seeds(morphed())["0.fc1"].site
     y, anchor = torch.randn(6, 32), torch.zeros(1, requires_grad=True)
-    # Not aot_dispatch: it compares values, and what a dormant site keeps is one byte that nobody writes or reads.
+    # Not aot_dispatch: it compares values, and what a dormant site keeps is one byte that nobody writes or reads. Nor
+    # does anybody read the number that its backward returns.
     tests = ("test_schema", "test_faketensor")
     given = (y, None, None, site.cell, site.key, True, True)
     torch.library.opcheck(torch.ops.morphc.join.default, given, test_utils=tests)
@@ -289,7 +290,7 @@ def test_the_ops_pass_opcheck() -> None:
     kept = torch.ops.morphc.join(y.detach().clone(), None, None, site.cell, site.key, False, True)
     grad = torch.randn(6, 32)
     given = (grad, kept, None, None, site.cell, site.key, [32, 1], False, False)
-    torch.library.opcheck(torch.ops.morphc.join_backward.default, given)
+    torch.library.opcheck(torch.ops.morphc.join_backward.default, given, test_utils=tests)
 
 
 def test_a_graph_whose_model_is_gone_says_so() -> None:

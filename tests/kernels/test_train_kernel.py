@@ -203,6 +203,24 @@ def test_adamw_from_a_bank_s_own_gradients(blend: str) -> None:
     assert all(torch.equal(one[~rows], other[~rows]) for one, other in zip(held.params, before, strict=True))
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0, 3.0])
+def test_a_slot_with_a_gradient_that_is_not_finite_sits_the_step_out(scale: float | None) -> None:
+    made = case(24, 6, 6, 3, states=(L.TRAINING, L.GRAFTING, L.FINE_TUNING))
+    held, expected, before = bank(made), wide(bank(made)), bank(made)
+    g = torch.Generator().manual_seed(7)
+    grads = [torch.randn(param.shape, generator=g) for param in held.params]
+    bad = [torch.inf, -torch.inf, torch.nan]
+    for slot, value in enumerate(bad):
+        grads[slot % len(grads)][slot].view(-1)[-1] = value
+    rows = made.slots.trains & (torch.arange(6) >= len(bad))
+    given = None if scale is None else torch.tensor(scale)
+    trainer(made, tuned()).step(made.active, held, grads, RATES, given)
+    follow(expected, [grad.double() / (scale or 1.0) for grad in grads], rows)
+    assert_close(held, expected, 1e-5)
+    for ours, theirs in zip(held[:3], before[:3], strict=True):
+        assert all(torch.equal(one[~rows], other[~rows]) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.9999)])
 def test_adamw_keeps_its_digits_at_the_first_and_at_late_steps(betas: tuple[float, float]) -> None:
     made = case(12, 3, 3, 2, states=(L.FINE_TUNING,))
