@@ -46,6 +46,9 @@ BLOCKS: Final = 16
 """A group is cut into so many ranges of rows, and into more where these would have more than so many blocks, unless a
 config says otherwise: there are few groups where only a few of a tall activation's chunks are listed."""
 
+MOST_PLANS: Final = 64
+"""Activations of which is remembered what follows from their memory."""
+
 REDUCE_FLOATS: Final = 256
 REDUCE_DEPTH: Final = 8
 REDUCE_DEEP: Final = 32
@@ -129,6 +132,7 @@ def params_of(spec: KernelSpec) -> tuple[Param, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=256)
 def gradient_size(spec: KernelSpec) -> int:
     """Floats in one slot's gradient."""
     return params_of(spec)[-1].start + params_of(spec)[-1].size
@@ -257,6 +261,17 @@ def is_wide(tile: Tile, spec: KernelSpec, view: View, blocks: int) -> bool:
     return max(elements, cdiv(spec.slots, tile.group) * blocks) >= 2**31
 
 
+class Plan(NamedTuple):
+    """What follows from how an activation is walked, and whether its gradient is copied."""
+
+    even: bool
+    wide: bool
+    deep: bool
+    least: int
+    programs: int
+    partial: int
+
+
 class Variant(NamedTuple):
     """What a launch depends on that isn't known before the call."""
 
@@ -382,6 +397,8 @@ class Backward:
         "config",
         "copies",
         "device",
+        "grid",
+        "plans",
         "precision",
         "programs",
         "reducers",
@@ -403,6 +420,8 @@ class Backward:
         self.precision = precision
         self.behind = behind
         self.copies = copies(spec)
+        floats, positions = reduce_block(spec)
+        self.grid = (cdiv(gradient_size(spec), floats), cdiv(spec.slots, positions), 1)
         self._take(config or default(spec, 1))
         source(spec, device.type == "cpu")
 
@@ -413,6 +432,7 @@ class Backward:
         self.programs = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
         self.reducers: dict[tuple[bool, bool, bool, bool], launch.Prepared] = {}
+        self.plans: dict[tuple[View, bool], Plan] = {}
 
     def __call__(
         self,
@@ -442,11 +462,9 @@ class Backward:
                 gradient.zero_()
             return
         given = dx, dx_view, copied
-        even, blocks = blocks_of(self.spec, dy_view, self.tile.rows)
-        least = least_of(self.config, blocks)
-        groups = cdiv(self.spec.slots, self.tile.group)
         # Programs that have nothing to compute can still copy.
-        programs = min(self.programs, blocks * groups) if copied else self.programs
+        copies = dx is not None and not copied
+        plan = self.plans.get((dy_view, copies)) or self._plan(dy_view, copies)
         read = dy
         if dx is None or dx_view is None:
             dx, dx_view, copied = dy, dy_view, True
@@ -454,9 +472,7 @@ class Backward:
             # It reads dx alone, and keeps there what it may have to walk over again.
             read = torch.empty(stash.shape, dtype=dy.dtype, device=self.device) if self.tile.group > 1 else dx
             dy_view = dx_view
-        # A row of partial sums for every program, and one more whenever it goes on to another group.
-        size = (programs + groups) * self.tile.group * row_size(self.spec)
-        partial = torch.empty(size, dtype=torch.float32, device=self.device)
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=self.device)
         tensors = [read, dx, stash, active, *params, partial]
         pointers = [tensor.data_ptr() for tensor in tensors]
         bits = 0
@@ -464,8 +480,7 @@ class Backward:
             bits |= pointer
         inner = dy_view.inner if self.spec.layout == "channels_first" else 0
         stride = common_power(dy_view.stride, dx_view.stride, inner)
-        wide = is_wide(self.tile, self.spec, dy_view, blocks)
-        variant = Variant(even, stride, wide, bits % 16 == 0, copied, early)
+        variant = Variant(plan.even, stride, plan.wide, bits % 16 == 0, copied, early)
         prepared = self.variants.get(variant) or self._prepare(variant)
         if prepared is None:
             dx, dx_view, copied = given
@@ -475,14 +490,30 @@ class Backward:
             return
         passed = pointers if self.device.type == "cuda" else tensors
         strides = dy_view.stride, dx_view.stride
-        prepared.launch((programs, 1, 1), *passed, dy_view.rows, *strides, dy_view.inner, least)
+        prepared.launch((plan.programs, 1, 1), *passed, dy_view.rows, *strides, dy_view.inner, plan.least)
         if gradient is None:
             return
-        floats, positions = reduce_block(self.spec)
-        grid = (cdiv(gradient_size(self.spec), floats), cdiv(self.spec.slots, positions), 1)
-        key = wide, copied, add, min(programs, cdiv(blocks, least)) > 2 * PARTS
+        key = plan.wide, copied, add, plan.deep
         reducer = self.reducers.get(key) or self._prepare_reduce(*key)
-        reducer.launch(grid, partial, gradient, active, dy_view.rows, dy_view.inner, programs, least)
+        last = dy_view.rows, dy_view.inner, plan.programs, plan.least
+        if self.device.type == "cuda":
+            reducer.launch(self.grid, pointers[-1], gradient.data_ptr(), pointers[3], *last)
+        else:
+            reducer.launch(self.grid, partial, gradient, active, *last)
+
+    def _plan(self, view: View, copies: bool) -> Plan:
+        even, blocks = blocks_of(self.spec, view, self.tile.rows)
+        least = least_of(self.config, blocks)
+        groups = cdiv(self.spec.slots, self.tile.group)
+        programs = self.programs if copies else min(self.programs, blocks * groups)
+        # A row of partial sums for every program, and one more whenever it goes on to another group.
+        partial = (programs + groups) * self.tile.group * row_size(self.spec)
+        wide = is_wide(self.tile, self.spec, view, blocks)
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        deep = min(programs, cdiv(blocks, least)) > 2 * PARTS
+        plan = self.plans[view, copies] = Plan(even, wide, deep, least, programs, partial)
+        return plan
 
     def _prepare(self, variant: Variant) -> launch.Prepared | None:
         """The kernel of a variant; None where it spilled, and another config has been taken instead."""

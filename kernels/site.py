@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 import torch
 from msgspec.structs import replace
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from morphc.kernels import active, gradient, ladder, tap_join, tap_step, training, tuning
 from morphc.kernels.blueprints.base import ConvGeometry, Geometry, get
@@ -29,7 +28,7 @@ class Stepper(Protocol):
         self,
         active: Tensor,
         bank: training.Bank,
-        gradients: Sequence[Tensor],
+        gradients: Sequence[Tensor] | Tensor,
         rates: training.Rates,
         scale: Tensor | None = None,
     ) -> None:
@@ -67,7 +66,7 @@ class ListedBank(ABC):
         self,
         listed: Tensor,
         bank: training.Bank,
-        gradients: Sequence[Tensor],
+        gradients: Sequence[Tensor] | Tensor,
         rates: training.Rates,
         scale: Tensor | None = None,
     ) -> None:
@@ -92,6 +91,7 @@ class BankKernels(ListedBank):
         self._forward: dict[int, active.Forward] = {}
         self._backward: dict[int, gradient.Backward] = {}
         self._trainers: dict[int, training.Trainer] = {}
+        self.floats = spec.slots * gradient.gradient_size(spec)
 
     def new_stash(self, view: View) -> Tensor:
         """Room for the chunks that the forward overwrites, of every slot there is."""
@@ -125,11 +125,13 @@ class BankKernels(ListedBank):
         stash: Tensor,
         isolated_only: bool,
         owned: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradient of the site's input, and of every parameter [K, ...].
+        into: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the site's input, and of all parameters: [K * floats of a slot], one behind the other.
 
         like: the forward's value, by its memory. isolated_only: no seed blends, so `grad` passes as it is. owned:
-        `grad` may be written, and becomes the result where its memory allows it; else it is only read.
+        `grad` may be written, and becomes the result where its memory allows it; else it is only read. into: what
+        gradients of parameters are added to and returned as.
         """
         dy, dy_view = like.walked(grad, self.spec.layout)
         bucket = tuning.bucket(dy_view.rows)
@@ -141,22 +143,21 @@ class BankKernels(ListedBank):
             behind = _behind(spec, dy_view.rows, config)
             kernel = gradient.Backward(spec, config, self.device, _precision(), behind)
             self._backward[bucket] = kernel
-        size = self.spec.slots * gradient.gradient_size(self.spec)
-        flat = torch.empty(size, dtype=torch.float32, device=self.device)
+        add = into is not None
+        flat = torch.empty(self.floats, dtype=torch.float32, device=self.device) if into is None else into
         if isolated_only:
-            kernel(dy, dy_view, None, None, listed, params, stash, flat)
+            kernel(dy, dy_view, None, None, listed, params, stash, flat, add=add)
             dx = grad
         elif dy is not grad or (owned and is_dense(dy)):
-            kernel(dy, dy_view, dy, dy_view, listed, params, stash, flat)
+            kernel(dy, dy_view, dy, dy_view, listed, params, stash, flat, add=add)
             dx = dy
         else:
             copied = not kernel.copies
             dx = dy.clone(memory_format=torch.preserve_format) if copied else torch.empty_like(dy)
             dx_view = view_of(dx, like.axis)
             assert dx_view is not None
-            kernel(dy, dy_view, dx, dx_view, listed, params, stash, flat, copied=copied)
-        # The flat buffer holds one parameter after the other: views of it, made by one call.
-        return dx, list(_unflatten_dense_tensors(flat, tuple(params)))  # type: ignore[no-untyped-call]
+            kernel(dy, dy_view, dx, dx_view, listed, params, stash, flat, copied=copied, add=add)
+        return dx, flat
 
     def reconstruct(
         self,

@@ -190,7 +190,18 @@ class Trainer:
     behind: configs to go on to where one spills.
     """
 
-    __slots__ = ("behind", "config", "device", "precision", "spec", "steppers", "tile", "variants", "workers")
+    __slots__ = (
+        "behind",
+        "config",
+        "device",
+        "precision",
+        "spec",
+        "starts",
+        "steppers",
+        "tile",
+        "variants",
+        "workers",
+    )
 
     def __init__(
         self,
@@ -204,6 +215,8 @@ class Trainer:
         self.device = device
         self.precision = precision
         self.behind = behind
+        # Bytes before each parameter's part of a flat gradient.
+        self.starts = [4 * spec.slots * param.start for param in gradient.params_of(spec)]
         self._take(config or default(spec, 1))
         source(spec, device.type == "cpu")
 
@@ -219,18 +232,31 @@ class Trainer:
         self,
         active: Tensor,
         bank: Bank,
-        gradients: Sequence[Tensor],
+        gradients: Sequence[Tensor] | Tensor,
         rates: Rates,
         scale: Tensor | None = None,
     ) -> None:
         """AdamW of every slot that trains, listed or not; one with a gradient that isn't finite stays as it is.
 
-        gradients: of the bank's parameters [K, ...], in order. scale: what the loss was multiplied by, one float32 on
-        the device.
+        gradients: of the bank's parameters [K, ...], in order, or one buffer as `gradient.sections` takes it. scale:
+        what the loss was multiplied by, one float32 on the device.
         """
         nothing = bank.params[0]
-        tensors = self._tensors(bank, gradients)
         given = nothing if scale is None else scale
+        if self.device.type == "cuda":
+            if isinstance(gradients, Tensor):
+                at = gradients.data_ptr()
+                starts = [at + start for start in self.starts]
+            else:
+                starts = [each.data_ptr() for each in gradients]
+            held: list[int] = []
+            for start, *others in zip(starts, bank.params, bank.means, bank.squares, strict=True):
+                held += (start, *[tensor.data_ptr() for tensor in others])
+            tensors: list[Any] = [*held, bank.step.data_ptr()]
+        else:
+            if isinstance(gradients, Tensor):
+                gradients = list(gradient.sections(self.spec, gradients).values())
+            tensors = self._tensors(bank, gradients)
         arguments = (active, nothing, nothing, given, *tensors, *rates.scalars, 0, 1, 1, 1)
         self._stepper(False, scaled=scale is not None).launch((1, self.spec.slots, 1), *arguments)
 

@@ -182,7 +182,8 @@ def _chunk_bank(
     like = Like(tuple(y.shape), y.stride(), axis)
     for isolated_only in (not blending_first, blending_first):
         for owned in (False, True):
-            kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only, owned)
+            for into in (None, torch.empty(kernels.floats, dtype=torch.float32, device=META)):
+                kernels.backward(torch.empty_like(y), like, listed, params, stash, isolated_only, owned, into)
 
 
 def _tap_bank(kernels: TapBankKernels, bank: SlotBank, y: Tensor, view: View, axis: int) -> None:

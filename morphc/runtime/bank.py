@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from morphc.errors import SeedError
 from morphc.kernels.blueprints.base import Blueprint, Geometry, get
@@ -84,11 +85,13 @@ class SlotBank(nn.Module):
     The Parameters don't require gradients and can't be made to, so no optimizer, clipping or DDP of the user's sees
     them. The forward reads them through *leaves*: aliases that do require gradients, and whose `.grad` is the bank's
     own gradient buffer. Plain autograd fills it, in eager and in compiled graphs, and also where the host
-    itself is frozen.
+    itself is frozen. Kernels give the gradients of all parameters as one tensor; for them there is `flat`, a leaf
+    [floats of all parameters] without values of its own, whose `.grad` counts as well.
     """
 
     owner: Tensor
     opt: Moments
+    flat: Tensor
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class SlotBank(nn.Module):
         self.opt = Moments({name: self.get_parameter(name) for name in self.names})
         self._leaves: dict[str, Tensor] = {}
         self._bound: dict[str, nn.Parameter] = {}
-        self.keeps_grads = False
+        self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._bind({})
         self.register_load_state_dict_post_hook(_rebind)  # type: ignore[no-untyped-call]
 
@@ -157,31 +160,76 @@ class SlotBank(nn.Module):
 
     def grads(self) -> dict[str, Tensor | None]:
         """The gradient buffers [K, ...]; None where no backward has reached the bank yet."""
+        self._settle()
         return {name: leaf.grad for name, leaf in self._leaves.items()}
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Move what kernels have given into the buffers of the parameters."""
+        found = self.flat.grad
+        if self._kept is not None:
+            self._stay(*self._kept)
+        elif found is not None:
+            self.flat.grad = None
+            for leaf, part in zip(self._leaves.values(), self.sections(found), strict=True):
+                leaf.grad = part if leaf.grad is None else leaf.grad.add_(part)
+
+    def _stay(self, kept: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Where autograd has added out of place, its sum goes to where the buffers are to stay."""
+        if self.flat.grad is not kept:
+            if self.flat.grad is not None:
+                kept.copy_(self.flat.grad)
+            self.flat.grad = kept
+        for leaf, part in zip(self._leaves.values(), parts, strict=True):
+            if leaf.grad is not part:
+                if leaf.grad is not None:
+                    part.copy_(leaf.grad)
+                leaf.grad = part
+
+    def flat_grad(self) -> Tensor | None:
+        """The gradients of all parameters one behind the other, where that is how they lie; see `sections`."""
+        if self._kept is not None:
+            self._settle()
+            return self._kept[0]
+        return self.flat.grad if all(leaf.grad is None for leaf in self._leaves.values()) else None
+
+    def sections(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """`flat` [floats of all parameters] as views, one a parameter."""
+        views: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, tuple(self._leaves.values()))  # type: ignore[no-untyped-call]
+        return views
 
     def zero_grads(self) -> None:
         """Forget all gradients of the bank."""
+        if self._kept is not None:
+            self._settle()
+            self._kept[0].zero_()
+            return
+        self.flat.grad = None
         for leaf in self._leaves.values():
-            if self.keeps_grads and leaf.grad is not None:
-                leaf.grad.zero_()
-            else:
-                leaf.grad = None
+            leaf.grad = None
 
     @torch.no_grad()
     def give_grads(self, rows: Tensor, grads: Mapping[str, Tensor]) -> None:
         """Put gradients [k, ...] of the slots `rows` [k] into the buffers."""
+        self._settle()
         for name, grad in grads.items():
             leaf = self._leaves[name]
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
             leaf.grad.index_copy_(0, rows, grad.to(leaf))
 
+    @property
+    def keeps_grads(self) -> bool:
+        """Whether the gradient buffers stay where they are, as a captured CUDA graph needs them to."""
+        return self._kept is not None
+
+    @torch.no_grad()
     def keep_grads(self) -> None:
         """Let the gradient buffers stay where they are from now on."""
-        for leaf in self._leaves.values():
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-        self.keeps_grads = True
+        self._settle()
+        kept = torch.zeros(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
+        self._kept = kept, self.sections(kept)
+        self._settle()
 
     @torch.no_grad()
     def take(self, slot: int, seed: int, draw: int) -> None:
@@ -212,6 +260,7 @@ class SlotBank(nn.Module):
         self.owner[slot] = FREE
 
     def _clear(self, slot: int) -> None:
+        self._settle()
         for name, leaf in self._leaves.items():
             self.opt.get_buffer(f"exp_avg_{name}")[slot].zero_()
             self.opt.get_buffer(f"exp_avg_sq_{name}")[slot].zero_()
@@ -284,7 +333,8 @@ class SlotBank(nn.Module):
         self._bind(grads)
 
     def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
-        self.keeps_grads = False
+        self._kept = None
+        size = 0
         for name in self.names:
             param = self.get_parameter(name)
             if not isinstance(param, SlotParameter):  # moved, unpickled or assigned
@@ -293,6 +343,9 @@ class SlotBank(nn.Module):
             leaf.grad = grads.get(name)
             self._leaves[name] = leaf
             self._bound[name] = param
+            size += leaf.numel()
+        # One number, as often as there are floats.
+        self.flat = leaf.new_zeros(1).expand(size).requires_grad_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotBank:
         was_on_meta, precise = self.owner.is_meta, _precise(fn)
@@ -315,7 +368,8 @@ class SlotBank(nn.Module):
         # Copies and pickles don't keep two tensors on one storage, so the aliases are made again on arrival.
         state = self.__dict__.copy()
         state["_leaves"] = self.grads()
-        del state["_bound"]
+        del state["_bound"], state["flat"]
+        state["_kept"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from morphc.errors import SeedError
 from morphc.kernels import backend, gradient, training
 from morphc.kernels.active import stash_shape
 from morphc.kernels.layout import View, is_dense, view_of, walkable
@@ -70,6 +71,8 @@ class Engine:
         self, site: SeedSite, name: str, bank: SlotBank, y: Tensor, view: View
     ) -> BankKernels | TapBankKernels | None:
         """The kernels of that bank for activations like `y`; None where torch does it."""
+        if bank.flat.dtype is not torch.float32:
+            return None
         key = (name, bank.slots, y.dtype, y.device, view.walk)
         if key not in self.kernels:
             spec = spec_of(
@@ -125,6 +128,7 @@ class Ready:
         "cuda",
         "device",
         "dtype",
+        "flat",
         "follows",
         "forward",
         "kernels",
@@ -148,6 +152,7 @@ class Ready:
         self.like = Like(tuple(y.shape), y.stride(), site.feature_axis)
         self.room = stash_shape(kernels.spec, walk)
         self.params, self.leaves = tuple(bank._parameters.values()), tuple(bank.leaves().values())
+        self.flat = None if _replaced(bank) else bank.flat
         self.listed = site.engine.lists[name, y.device]
 
     def holds(self, site: SeedSite, y: Tensor) -> bool:
@@ -160,8 +165,8 @@ class Ready:
             and y.device == self.device
             and len(banks) == 1
             and banks.get(self.name) is bank
+            and bank.flat is self.flat  # all leaves are made anew, or none
             and all(map(is_, bank._parameters.values(), self.params))
-            and all(map(is_, bank._leaves.values(), self.leaves))
             and _transforming() is None
             and not jit_traced()
             and site.backend == self.backend
@@ -192,14 +197,16 @@ class Ready:
         if not graded:
             self.forward(y, listed.active, self.leaves, None, early)
             return y
-        return _apply_join(y, self, listed.active, isolated_only, early, *self.leaves)
+        asked = self.leaves if self.flat is None else (self.flat,)
+        return _apply_join(y, self, listed.active, isolated_only, early, *asked)
 
 
 class Join(torch.autograd.Function):
     """A bank's seeds joined to the site's value, in place, with the gradients of the slots.
 
-    A value that only trains seeds in isolation comes back as it was. It is marked as written to all the same, so
-    that what comes next may work on it in place.
+    asked: who gets these, the bank's flat leaf, or every parameter where somebody's own stand in their place. A value
+    that only trains seeds in isolation comes back as it was. It is marked as written to all the same, so that what
+    comes next may work on it in place.
     """
 
     @staticmethod
@@ -210,22 +217,31 @@ class Join(torch.autograd.Function):
         active: Tensor,
         isolated_only: bool,
         early: bool,
-        *leaves: Tensor,
+        *asked: Tensor,
     ) -> Tensor:
         stash = y.new_empty(ready.room)
-        ready.forward(y, active, leaves, stash, early)
-        ctx.save_for_backward(active, stash, *leaves)
-        ctx.kernels, ctx.like, ctx.isolated_only = ready.kernels, ready.like, isolated_only
+        ready.forward(y, active, ready.leaves, stash, early)
+        ctx.save_for_backward(active, stash)
+        ctx.ready, ctx.isolated_only = ready, isolated_only
+        ctx.versions = [leaf._version for leaf in ready.leaves]
         return _written(ctx, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        active, stash, *params = ctx.saved_tensors
-        kernels: BankKernels = ctx.kernels
+        active, stash = ctx.saved_tensors
+        ready: Ready = ctx.ready
+        leaves = ready.leaves
+        if ctx.versions != [leaf._version for leaf in leaves]:
+            raise SeedError(
+                f"parameters of {ready.bank} have changed between a forward and its backward; step after the backward"
+            )
         owned = ownership.nobody_else_has(grad)
-        passed, slot_grads = kernels.backward(grad, ctx.like, active, params, stash, ctx.isolated_only, owned)
-        return passed, None, None, None, None, *slot_grads
+        passed, found = ready.kernels.backward(
+            grad, ready.like, active, leaves, stash, ctx.isolated_only, owned
+        )
+        given = (found,) if ready.flat is not None else ready.bank.sections(found)
+        return passed, None, None, None, None, *given
 
 
 # What `Function.apply` calls once it has looked for transforms of functorch among the arguments: there are none.
@@ -401,14 +417,20 @@ def step(
     kernels = site.engine.bank(site, name, bank, param, View("last", 1, site.features, 1))
     if kernels is None:
         return False
-    leaves = [bank._leaves[key] for key in bank.names]
-    grads = [leaf.grad for leaf in leaves]
-    if all(grad is None for grad in grads):
-        return True
-    found = [
-        torch.zeros_like(leaf) if grad is None or key in bank.frozen else grad.contiguous()
-        for key, leaf, grad in zip(bank.names, leaves, grads, strict=True)
-    ]
+    found: Tensor | list[Tensor] | None = bank.flat_grad()
+    if found is None:
+        grads = bank.grads()
+        if all(grad is None for grad in grads.values()):
+            return True
+        found = [
+            torch.zeros_like(leaf) if grad is None else grad.contiguous()
+            for leaf, grad in zip(bank._leaves.values(), grads.values(), strict=True)
+        ]
+    if bank.frozen:
+        parts = bank.sections(found) if isinstance(found, Tensor) else found
+        for key, part in zip(bank.names, parts, strict=True):
+            if key in bank.frozen:
+                part.zero_()  # from zero, AdamW leaves it zero
     if scale is not None:
         scale = scale.detach().to(param.device, torch.float32)
     active = site.engine.listed(site, name, bank, kernels, param.device)

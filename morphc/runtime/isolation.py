@@ -237,7 +237,7 @@ def _reconstruct(bank: SlotBank, fit: Fit, x: Tensor, slots: Slots) -> None:
         loss, grads = _reconstruction(torch.where(mask, x, 0).to(torch.float32), slots, bank)
     for leaf, grad in zip(bank.leaves().values(), grads.values(), strict=True):
         own = torch.where(active.per_slot(slots.isolated, grad), grad, 0).to(leaf.dtype)
-        leaf.grad = own if leaf.grad is None else leaf.grad + own
+        leaf.grad = own if leaf.grad is None else leaf.grad.add_(own)
     fit.add({"loss": loss}, slots.isolated)
 
 

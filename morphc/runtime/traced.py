@@ -259,17 +259,13 @@ def _kernels_backward(
     listed = site.engine.listed(site, name, bank, kernels, grad.device)
     like = Like(tuple(grad.shape), tuple(strides), site.feature_axis)
     stash = _laid(grad, storage, stash_shape(kernels.spec, walk))
-    leaves = tuple(bank.leaves().values())
+    params, isolated_only, flat = tuple(bank.leaves().values()), mode is Mode.TRAINING, bank.flat
     with torch.no_grad():
         passed, found = kernels.backward(
-            grad, like, listed, [leaf.detach() for leaf in leaves], stash, mode is Mode.TRAINING, owned=True
+            grad, like, listed, params, stash, isolated_only, owned=True, into=flat.grad
         )
         _into(grad, passed)
-        for leaf, slots in zip(leaves, found, strict=True):
-            if leaf.grad is None:
-                leaf.grad = slots.to(leaf.dtype)
-            else:
-                leaf.grad.add_(slots)
+        flat.grad = found
 
 
 def _again(
