@@ -367,13 +367,13 @@ class Bench:
         loss = torch.zeros(self.case.seeds, device=self.device)
         rates = training.Rates(1e-6)
         x, trainer, trained = self.x, site.trainer, site.trained
-        gradients = [torch.full_like(value, 1e-3) for value in site.params]
+        gradient = torch.full((sum(value.numel() for value in site.params),), 1e-3, device=self.device)
 
         def train(i: int) -> None:
             trainer.reconstruct(x[i], site.view, site.active, trained, loss, rates)
 
         def step(i: int) -> None:
-            trainer.step(site.active, trained, gradients, rates)
+            trainer.step(site.active, trained, gradient, rates)
 
         floats = sum(value.numel() for value in site.params)
         return [

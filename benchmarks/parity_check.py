@@ -363,7 +363,7 @@ class Check:
         before, after = self.trained(1), self.trained(1)
         spec = self.kernel_spec("train")
         trainer = training.Trainer(spec, training.default(spec, self.spec.rows), self.device)
-        trainer.step(self.listed, after, given, RATES)
+        trainer.step(self.listed, after, torch.cat([grad.flatten() for grad in given]), RATES)
         trains = self.known.slot[self.known.trains]
         self._compare_step("adamw", before, after, trains, [grad[trains] for grad in given])
 

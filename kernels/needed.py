@@ -81,11 +81,13 @@ def _of_bank(spec: KernelSpec, rows: int, target: str) -> list[Need]:
                 gradient.backward_job(spec, config, target=target),
                 gradient.reduce_job(spec, config, target=target),
             ]
+        steps = [training.step_job(spec, together=together, target=target) for together in (False, True)]
         if training.refuses(spec):
-            return [training.adamw_job(spec, config, sums=False, target=target)]
+            return steps
         return [
             training.train_job(spec, config, target=target),
-            *(training.adamw_job(spec, config, sums=sums, target=target) for sums in (False, True)),
+            training.adamw_job(spec, config, target=target),
+            *steps,
         ]
 
     timed = tuning.lookup(spec, rows)

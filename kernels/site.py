@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -21,29 +20,14 @@ from morphc.kernels.tap import plan
 from morphc.kernels.tap_join import TapSeeds
 
 
-class Stepper(Protocol):
-    """Steps the slots of a bank by AdamW."""
-
-    def step(
-        self,
-        active: Tensor,
-        bank: training.Bank,
-        gradients: Sequence[Tensor] | Tensor,
-        rates: training.Rates,
-        scale: Tensor | None = None,
-    ) -> None:
-        """See `morphc.kernels.training.Trainer.step`."""
-
-
-class ListedBank(ABC):
-    """What all banks have: the list of active seeds, and the step of the slots that train."""
+class ListedBank:
+    """What all banks have: the list of active seeds."""
 
     def __init__(self, spec: KernelSpec, device: torch.device) -> None:
         self.spec = spec
         self.device = device
         self.list_shape = (length(spec.slots),)
         self._list = active.ActiveList(device)
-        self._stepper: Stepper | None = None
 
     def new_list(self) -> Tensor:
         """A list of active seeds with nothing on it."""
@@ -62,23 +46,6 @@ class ListedBank(ABC):
         """Write the list into `listed`. owner: [K]; lifecycle, alpha: [S], the site's rows; then sets of states."""
         self._list(owner, lifecycle, alpha, listed, blends, isolated, trains)
 
-    def step(
-        self,
-        listed: Tensor,
-        bank: training.Bank,
-        gradients: Sequence[Tensor] | Tensor,
-        rates: training.Rates,
-        scale: Tensor | None = None,
-    ) -> None:
-        """One AdamW step of the slots that train, see `morphc.kernels.training.Trainer.step`."""
-        if self._stepper is None:
-            self._stepper = self.new_stepper()
-        self._stepper.step(listed, bank, gradients, rates, scale)
-
-    @abstractmethod
-    def new_stepper(self) -> Stepper:
-        """What steps this kind of bank."""
-
 
 class BankKernels(ListedBank):
     """Kernels of one bank whose blueprint reads its chunk, for activations of one dtype and walk on one device.
@@ -92,6 +59,7 @@ class BankKernels(ListedBank):
         self._backward: dict[int, gradient.Backward] = {}
         self._trainers: dict[int, training.Trainer] = {}
         self.floats = spec.slots * gradient.gradient_size(spec)
+        self._stepper: training.Trainer | None = None
 
     def new_stash(self, view: View) -> Tensor:
         """Room for the chunks that the forward overwrites, of every slot there is."""
@@ -179,9 +147,12 @@ class BankKernels(ListedBank):
             self._trainers[bucket] = kernel
         kernel.reconstruct(stash, view, listed, bank, loss, rates, live=False)
 
-    def new_stepper(self) -> Stepper:
-        """See ListedBank."""
-        return training.Trainer(replace(self.spec, kind="train"), None, self.device)
+    @property
+    def stepper(self) -> training.Trainer:
+        """What steps the slots that train."""
+        if self._stepper is None:
+            self._stepper = training.Trainer(replace(self.spec, kind="train"), None, self.device)
+        return self._stepper
 
 
 class TapBankKernels(ListedBank):
@@ -193,10 +164,14 @@ class TapBankKernels(ListedBank):
         self.shape = tap_join.shape_of(spec, geometry)
         self.names = tap_join.names_of(spec, geometry)
         self._seeds: dict[int, TapSeeds] = {}
+        self._stepper: tap_step.TapStepper | None = None
 
-    def new_stepper(self) -> Stepper:
-        """See ListedBank."""
-        return tap_step.TapStepper(self.spec, self.geometry, self.device)
+    @property
+    def stepper(self) -> tap_step.TapStepper:
+        """What steps the slots that train."""
+        if self._stepper is None:
+            self._stepper = tap_step.TapStepper(self.spec, self.geometry, self.device)
+        return self._stepper
 
     def seeds(self, rows: int) -> TapSeeds:
         """The kernels for about so many rows."""

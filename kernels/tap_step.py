@@ -17,7 +17,6 @@ from typing import Final
 import torch
 from msgspec.structs import replace
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from morphc.kernels import codegen, launch
 from morphc.kernels.active import target_of
@@ -86,14 +85,12 @@ class TapStepper:
         self,
         active: Tensor,
         bank: Bank,
-        gradients: Sequence[Tensor] | Tensor,
+        gradients: Sequence[Tensor],
         rates: Rates,
         scale: Tensor | None = None,
     ) -> None:
         """AdamW of every slot that trains, listed or not; see `morphc.kernels.training.Trainer.step`."""
         tensors: list[Tensor] = []
-        if isinstance(gradients, Tensor):
-            gradients = _unflatten_dense_tensors(gradients, tuple(bank.params))  # type: ignore[no-untyped-call]
         for each in zip(gradients, bank.params, bank.means, bank.squares, strict=True):
             tensors += each
         scaled = scale is not None

@@ -1,12 +1,13 @@
 """How the slots of a bank learn: AdamW with moments and a step of each slot's own, and isolated training.
 
     trainer = Trainer(spec, config, device)
-    trainer.step(active, bank, gradients, rates)                        # from the bank's own gradients
+    trainer.step(active, bank, gradient, rates)                         # from the bank's own gradients
+    trainer.step_all([addresses(active, bank), ...], [gradient, ...], rates)   # of many banks, in one launch
     trainer.reconstruct(x, view, active, bank, loss, rates)             # isolated seeds learn to give their chunk back
 
-`step` is one launch, which also looks whether gradients are finite. `reconstruct` is two: `train` sums errors and
-gradients over ranges of rows, as `backward` of `morphc.kernels.gradient` does, and counts the slots' steps; `adamw`
-adds the sums up in a fixed order and steps the slots. Nothing of a slot that doesn't train moves.
+`step` is one launch, which also looks whether gradients are finite, and so is `step_all`. `reconstruct` is two:
+`train` sums errors and gradients over ranges of rows, as `backward` of `morphc.kernels.gradient` does, and counts the
+slots' steps; `adamw` adds the sums up in a fixed order and steps the slots. Nothing of a slot that doesn't train moves.
 `morphc.kernels.reference.train` and `.adamw` say what is computed.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import is_
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -34,6 +36,12 @@ FLOATS: Final = 256
 ADAMW_WARPS: Final = 4
 
 
+SCALARS: Final = (
+    "lr", "keep", "mean_keep", "mean_rate", "mean_log", "square_keep", "square_rate", "square_log", "eps",
+)  # fmt: skip
+"""What `Rates.scalars` are called in the kernels."""
+
+
 class Rates(NamedTuple):
     """The numbers of AdamW."""
 
@@ -47,6 +55,9 @@ class Rates(NamedTuple):
         """As the kernel takes them: worked out here in double precision, where 1 - beta keeps its digits."""
         moments = [(beta, 1 - beta, math.log(beta) if beta else -math.inf) for beta in self.betas]
         return (self.lr, 1 - self.lr * self.weight_decay, *moments[0], *moments[1], self.eps)
+
+
+Addresses = tuple[int, ...]
 
 
 class Bank(NamedTuple):
@@ -149,39 +160,58 @@ def adamw_job(
     spec: KernelSpec,
     config: TuneConfig,
     *,
-    sums: bool,
     wide: bool = False,
     early: bool = False,
-    scaled: bool = False,
     target: str = "cuda:90",
 ) -> Job:
     """`adamw` as `compile_all` and `launch.prepare` take it."""
-    signature = {"list_ptr": "*i32", "partial_ptr": "*fp32", "loss_ptr": "*fp32", "loss_scale_ptr": "*fp32"}
+    signature = {"list_ptr": "*i32", "partial_ptr": "*fp32", "loss_ptr": "*fp32"}
     for param in gradient.params_of(spec):
-        for what in ("gradient_", "", "mean_", "square_"):
+        for what in ("", "mean_", "square_"):
             signature[f"{param.name}_{what}ptr"] = "*fp32"
     signature["step_ptr"] = "*i64"
-    moments = [f"{moment}_{what}" for moment in ("mean", "square") for what in ("keep", "rate", "log")]
-    signature |= dict.fromkeys(("lr", "keep", *moments, "eps"), "fp32")
+    signature |= dict.fromkeys(SCALARS, "fp32")
     signature |= dict.fromkeys(("rows", "inner", "workers", "least"), "i32")
     tile = gradient.tile_of(spec, config)
     constants = {
         "ROWS": tile.rows,
         "GROUP": tile.group,
         "WIDE": int(wide),
-        "DEPTH": DEPTH if sums else 1,
-        "FLOATS": _floats(spec, sums),
-        "SUMS": int(sums),
-        "SCALED": int(scaled),
+        "DEPTH": DEPTH,
+        "FLOATS": _floats(spec, FLOATS),
         "EARLY": int(early),
     }
     options = {"num_warps": ADAMW_WARPS}
     return Job(source(spec, target == "cpu"), "adamw", signature, constants, (), options, target)
 
 
-def _floats(spec: KernelSpec, sums: bool) -> int:
-    """Floats of a slot that a program does at a time; alone it does all of them, so it takes more at once."""
-    return min(FLOATS if sums else 4 * FLOATS, next_pow2(gradient.row_size(spec, extra=1)))
+def step_job(
+    spec: KernelSpec, *, together: bool = False, scaled: bool = False, target: str = "cuda:90"
+) -> Job:
+    """`step` as `compile_all` and `launch.prepare` take it, or `step_all`."""
+    if together:
+        signature = {"table_ptr": "*i64", "gradients_ptr": "*i64", "loss_scale_ptr": "*fp32"}
+    else:
+        signature = {
+            "list_ptr": "*i32",
+            "step_ptr": "*i64",
+            "gradient_ptr": "*fp32",
+            "loss_scale_ptr": "*fp32",
+        }
+        for param in gradient.params_of(spec):
+            for what in ("", "mean_", "square_"):
+                signature[f"{param.name}_{what}ptr"] = "*fp32"
+    signature |= dict.fromkeys(SCALARS, "fp32")
+    # A program does all floats of a slot, so it takes many at once.
+    constants = {"FLOATS": _floats(spec, 4 * FLOATS), "SCALED": int(scaled)}
+    function = "step_all" if together else "step"
+    options = {"num_warps": ADAMW_WARPS}
+    return Job(source(spec, target == "cpu"), function, signature, constants, (), options, target)
+
+
+def _floats(spec: KernelSpec, most: int) -> int:
+    """Floats of a slot that a program does at a time."""
+    return min(most, next_pow2(gradient.row_size(spec, extra=1)))
 
 
 class Trainer:
@@ -191,13 +221,15 @@ class Trainer:
     """
 
     __slots__ = (
+        "banks",
         "behind",
         "config",
         "device",
         "precision",
         "spec",
-        "starts",
         "steppers",
+        "sums",
+        "table",
         "tile",
         "variants",
         "workers",
@@ -215,8 +247,10 @@ class Trainer:
         self.device = device
         self.precision = precision
         self.behind = behind
-        # Bytes before each parameter's part of a flat gradient.
-        self.starts = [4 * spec.slots * param.start for param in gradient.params_of(spec)]
+        # The banks of the last `step_all`, and their addresses on the device.
+        self.banks: tuple[Addresses, ...] = ()
+        self.table = torch.empty(0, dtype=torch.int64)
+        self.steppers: dict[tuple[bool, bool], launch.Prepared] = {}
         self._take(config or default(spec, 1))
         source(spec, device.type == "cpu")
 
@@ -226,39 +260,41 @@ class Trainer:
         self.tile = gradient.tile_of(self.spec, config)
         self.workers = launch.multiprocessors(self.device) * max(1, config.programs)
         self.variants: dict[Variant, launch.Prepared] = {}
-        self.steppers: dict[tuple[bool, bool, bool], launch.Prepared] = {}
+        self.sums: dict[bool, launch.Prepared] = {}
 
     def step(
-        self,
-        active: Tensor,
-        bank: Bank,
-        gradients: Sequence[Tensor] | Tensor,
-        rates: Rates,
-        scale: Tensor | None = None,
+        self, active: Tensor, bank: Bank, gradient: Tensor, rates: Rates, scale: Tensor | None = None
     ) -> None:
         """AdamW of every slot that trains, listed or not; one with a gradient that isn't finite stays as it is.
 
-        gradients: of the bank's parameters [K, ...], in order, or one buffer as `gradient.sections` takes it. scale:
-        what the loss was multiplied by, one float32 on the device.
+        gradient: of the bank's parameters, flat, see `morphc.kernels.gradient.sections`. scale: what the loss was
+        multiplied by, one float32 on the device.
         """
-        nothing = bank.params[0]
-        given = nothing if scale is None else scale
-        if self.device.type == "cuda":
-            if isinstance(gradients, Tensor):
-                at = gradients.data_ptr()
-                starts = [at + start for start in self.starts]
-            else:
-                starts = [each.data_ptr() for each in gradients]
-            held: list[int] = []
-            for start, *others in zip(starts, bank.params, bank.means, bank.squares, strict=True):
-                held += (start, *[tensor.data_ptr() for tensor in others])
-            tensors: list[Any] = [*held, bank.step.data_ptr()]
-        else:
-            if isinstance(gradients, Tensor):
-                gradients = list(gradient.sections(self.spec, gradients).values())
-            tensors = self._tensors(bank, gradients)
-        arguments = (active, nothing, nothing, given, *tensors, *rates.scalars, 0, 1, 1, 1)
-        self._stepper(False, scaled=scale is not None).launch((1, self.spec.slots, 1), *arguments)
+        given = gradient if scale is None else scale
+        kernel = self._stepper(False, scale is not None)
+        tensors = (active, bank.step, gradient, given, *_tensors(bank))
+        kernel.launch((self.spec.slots, 1, 1), *tensors, *rates.scalars)
+
+    def step_all(
+        self,
+        banks: Sequence[Addresses],
+        gradients: Sequence[Tensor],
+        rates: Rates,
+        scale: Tensor | None = None,
+    ) -> None:
+        """`step` of many banks of this spec. Not while a CUDA graph is captured, whose replays find no addresses."""
+        if len(banks) != len(self.banks) or not all(map(is_, banks, self.banks)):
+            self.table = self._uploaded(banks)
+            self.banks = tuple(banks)
+        given = self._uploaded([gradient.data_ptr() for gradient in gradients])
+        kernel = self._stepper(True, scale is not None)
+        scaling = given if scale is None else scale
+        kernel.launch((self.spec.slots, len(banks), 1), self.table, given, scaling, *rates.scalars)
+
+    def _uploaded(self, numbers: Sequence[Any]) -> Tensor:
+        # From memory that is not pinned, the copy would wait for all that the device has to do.
+        made = torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return made.to(self.device, non_blocking=True)
 
     def reconstruct(
         self,
@@ -297,27 +333,9 @@ class Trainer:
             return
         numbers = (view.rows, view.stride, view.inner, workers, least)
         kernel.launch((workers, 1, 1), x, active, *bank.params, partial, bank.step, *numbers)
-        across = cdiv(gradient.row_size(self.spec, extra=1), _floats(self.spec, True))
-        tensors = self._tensors(bank, bank.params)
-        arguments = (
-            active,
-            partial,
-            loss,
-            loss,
-            *tensors,
-            *rates.scalars,
-            view.rows,
-            view.inner,
-            workers,
-            least,
-        )
-        self._stepper(True, wide).launch((across, self.spec.slots, 1), *arguments)
-
-    def _tensors(self, bank: Bank, gradients: Sequence[Tensor]) -> list[Tensor]:
-        found: list[Tensor] = []
-        for each in zip(gradients, bank.params, bank.means, bank.squares, strict=True):
-            found += each
-        return [*found, bank.step]
+        across = cdiv(gradient.row_size(self.spec, extra=1), _floats(self.spec, FLOATS))
+        arguments = (*_tensors(bank), bank.step, *rates.scalars, view.rows, view.inner, workers, least)
+        self._adamw(wide).launch((across, self.spec.slots, 1), active, partial, loss, *arguments)
 
     def _prepare(self, variant: Variant) -> launch.Prepared | None:
         """The kernel of a variant; None where it spilled, and another config has been taken instead."""
@@ -335,16 +353,31 @@ class Trainer:
         self.variants[variant] = prepared
         return prepared
 
-    def _stepper(self, sums: bool, wide: bool = False, scaled: bool = False) -> launch.Prepared:
-        key = sums, wide, scaled
+    def _adamw(self, wide: bool) -> launch.Prepared:
+        if wide not in self.sums:
+            early, target = gradient.follows_early(self.device), target_of(self.device)
+            job = adamw_job(self.spec, self.config, wide=wide, early=early, target=target)
+            self.sums[wide] = launch.prepare_job(job, self.device, pdl=early)
+        return self.sums[wide]
+
+    def _stepper(self, together: bool, scaled: bool) -> launch.Prepared:
+        key = together, scaled
         if key not in self.steppers:
-            early = sums and gradient.follows_early(self.device)
-            target = target_of(self.device)
-            job = adamw_job(
-                self.spec, self.config, sums=sums, wide=wide, early=early, scaled=scaled, target=target
-            )
-            self.steppers[key] = launch.prepare_job(job, self.device, pdl=early)
+            job = step_job(self.spec, together=together, scaled=scaled, target=target_of(self.device))
+            self.steppers[key] = launch.prepare_job(job, self.device)
         return self.steppers[key]
+
+
+def _tensors(bank: Bank) -> list[Tensor]:
+    found: list[Tensor] = []
+    for each in zip(bank.params, bank.means, bank.squares, strict=True):
+        found += each
+    return found
+
+
+def addresses(active: Tensor, bank: Bank) -> Addresses:
+    """What `Trainer.step_all` takes of a bank. Who asks for them keeps the tensors."""
+    return tuple(tensor.data_ptr() for tensor in (active, bank.step, *_tensors(bank)))
 
 
 def bank_of(bank: Any, names: Sequence[str]) -> Bank:

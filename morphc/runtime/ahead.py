@@ -231,8 +231,13 @@ def _list(kernels: BankKernels | TapBankKernels, bank: SlotBank, listed: Tensor)
 
 def _step(kernels: BankKernels | TapBankKernels, bank: SlotBank) -> None:
     held = _held(bank)
-    gradients = [torch.empty_like(param) for param in held.params]
-    kernels.step(kernels.new_list(), held, gradients, training.Rates(lr=0.0))
+    listed, rates = kernels.new_list(), training.Rates(lr=0.0)
+    if isinstance(kernels, BankKernels):
+        flat = torch.empty(kernels.floats, device=META)
+        kernels.stepper.step(listed, held, flat, rates)
+        kernels.stepper.step_all([training.addresses(listed, held)], [flat], rates)
+    else:
+        kernels.stepper.step(listed, held, [torch.empty_like(param) for param in held.params], rates)
 
 
 def _on_meta(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from morphc.errors import SeedError
-from morphc.kernels import backend, gradient, training
+from morphc.kernels import backend, gradient
 from morphc.kernels.active import stash_shape
 from morphc.kernels.layout import View, is_dense, view_of, walkable
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
@@ -24,6 +24,7 @@ from morphc.runtime.lasting import lasting
 
 if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
+    from morphc.runtime.stepping import Held
 
 _transforming = torch._C._functorch.peek_interpreter_stack
 
@@ -45,13 +46,14 @@ class Listed:
 class Engine:
     """What one site keeps between calls. Nothing in it is copied, pickled or saved: it is made again when needed."""
 
-    __slots__ = ("groups", "kernels", "lists", "ready", "warm")
+    __slots__ = ("groups", "held", "kernels", "lists", "ready", "warm")
 
     def __init__(self) -> None:
         self.ready: dict[torch.Size, Ready] = {}
         self.kernels: dict[tuple[object, ...], BankKernels | TapBankKernels | None] = {}
         self.lists: dict[tuple[str, torch.device], Listed] = {}
         self.groups: dict[str, compact.Groups] = {}
+        self.held: dict[str, Held] = {}
         # Modes and activations that a compiled graph has run with.
         self.warm: set[tuple[object, ...]] = set()
 
@@ -223,7 +225,8 @@ class Join(torch.autograd.Function):
         ready.forward(y, active, ready.leaves, stash, early)
         ctx.save_for_backward(active, stash)
         ctx.ready, ctx.isolated_only = ready, isolated_only
-        ctx.versions = [leaf._version for leaf in ready.leaves]
+        # Of the first for all: who gives a slot away, takes it back or steps it writes to every parameter.
+        ctx.version = ready.leaves[0]._version
         return _written(ctx, y)
 
     @staticmethod
@@ -232,7 +235,7 @@ class Join(torch.autograd.Function):
         active, stash = ctx.saved_tensors
         ready: Ready = ctx.ready
         leaves = ready.leaves
-        if ctx.versions != [leaf._version for leaf in leaves]:
+        if ctx.version != leaves[0]._version:
             raise SeedError(
                 f"parameters of {ready.bank} have changed between a forward and its backward; step after the backward"
             )
@@ -399,41 +402,3 @@ def spec_of_bank(site: SeedSite, bank: SlotBank) -> SiteSpec:
         site.isolated_states,
         TRAINS,
     )
-
-
-def step(
-    site: SeedSite, name: str, bank: SlotBank, options: dict[str, Any], scale: Tensor | None = None
-) -> bool:
-    """One AdamW step of the bank's slots that train, on kernels; False where torch has to do it.
-
-    scale: what the loss was multiplied by. Slots whose gradient isn't finite are left as they are.
-    """
-    param = bank._parameters[bank.names[0]]
-    assert param is not None
-    if param.dtype != torch.float32 or backend.chosen(site.backend, param.device) != "triton":
-        return False
-    if scale is not None and not site.isolated_states:
-        return False  # the list doesn't tell the seeds whose gradients come from a loss that wasn't scaled
-    kernels = site.engine.bank(site, name, bank, param, View("last", 1, site.features, 1))
-    if kernels is None:
-        return False
-    found: Tensor | list[Tensor] | None = bank.flat_grad()
-    if found is None:
-        grads = bank.grads()
-        if all(grad is None for grad in grads.values()):
-            return True
-        found = [
-            torch.zeros_like(leaf) if grad is None else grad.contiguous()
-            for leaf, grad in zip(bank._leaves.values(), grads.values(), strict=True)
-        ]
-    if bank.frozen:
-        parts = bank.sections(found) if isinstance(found, Tensor) else found
-        for key, part in zip(bank.names, parts, strict=True):
-            if key in bank.frozen:
-                part.zero_()  # from zero, AdamW leaves it zero
-    if scale is not None:
-        scale = scale.detach().to(param.device, torch.float32)
-    active = site.engine.listed(site, name, bank, kernels, param.device)
-    kernels.step(active, training.bank_of(bank, bank.names), found, training.Rates(**options), scale)
-    bank.zero_grads()
-    return True

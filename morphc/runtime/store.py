@@ -13,14 +13,16 @@ from morphc.config import Config
 from morphc.errors import NotMorphedError, SeedError
 from morphc.kernels.backend import chosen
 from morphc.kernels.lifecycle import Ticker
+from morphc.kernels.training import Rates
 from morphc.lifecycle import Lifecycle, Mode, mode_of
-from morphc.runtime import compact, engine, fastpath, isolation
+from morphc.runtime import compact, fastpath, isolation
 from morphc.runtime.forward import SiteForward
 from morphc.runtime.meta import device_of, leave
 from morphc.runtime.mirror import Mirror, read
 from morphc.runtime.requests import SiteRequest
 from morphc.runtime.site import SeedSite
 from morphc.runtime.state import SeedState
+from morphc.runtime.stepping import Steps
 
 CHILD: Final = "morphc"
 """The reserved name under which everything of morphc hangs in a module."""
@@ -198,11 +200,12 @@ class SeedStore:
         lr = options.get("lr")
         if not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
             raise SeedError(f"lr={lr!r} is no learning rate; give lr=, finite and not negative")
+        steps = Steps(Rates(**options), scale)
         for site in self.sites.values():
             if site.mode is not Mode.DORMANT:
                 for name, bank in site.slots.items():
                     isolation.step(site, name, bank, options)
-                    if engine.step(site, name, bank, options, scale):
+                    if steps.add(site, name, bank):
                         continue
                     own = isolation.unscaled(site, bank)
                     finite = None if scale is None else bank.clean_grads(scale, own)
@@ -212,6 +215,7 @@ class SeedStore:
                     if finite is None:
                         finite = bank.clean_grads(None, own)
                     bank.step(site.train_rows(bank) & finite, **options)
+        steps.run()
 
     def reset_telemetry(self) -> None:
         """Begin a new telemetry window of every seed."""

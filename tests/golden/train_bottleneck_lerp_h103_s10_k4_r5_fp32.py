@@ -29,9 +29,9 @@ OUT_WEIGHT = tl.constexpr(60)
 OUT_BIAS = tl.constexpr(115)
 
 LOSS = tl.constexpr(126)
+ADDRESSES = tl.constexpr(14)
 
 # Filled up: the first kernel of every generated file stands at line 40.
-#
 #
 #
 #
@@ -567,20 +567,15 @@ def adamw(
     list_ptr,
     partial_ptr,
     loss_ptr,
-    loss_scale_ptr,
-    in_weight_gradient_ptr,
     in_weight_ptr,
     in_weight_mean_ptr,
     in_weight_square_ptr,
-    in_bias_gradient_ptr,
     in_bias_ptr,
     in_bias_mean_ptr,
     in_bias_square_ptr,
-    out_weight_gradient_ptr,
     out_weight_ptr,
     out_weight_mean_ptr,
     out_weight_square_ptr,
-    out_bias_gradient_ptr,
     out_bias_ptr,
     out_bias_mean_ptr,
     out_bias_square_ptr,
@@ -603,138 +598,266 @@ def adamw(
     WIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     FLOATS: tl.constexpr,
-    SUMS: tl.constexpr,
-    SCALED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One step of every slot that trains. Grid: the second axis is the position in the list.
+    """One step of every isolated seed's slot from the sums that `train` has left in `partial`, with their losses.
 
-    SUMS: gradients are those that `train` has left in `partial`, with their losses; of seeds that are isolated. It has
-    counted the step too, and programs along the first axis share a slot. Else gradients are in their own buffers, each
-    slot has one program, and SCALED says whether they are to be divided by `loss_scale`. A slot that has a gradient which
-    isn't finite sits the step out.
+    Grid: programs that share a slot in the first axis, positions in the list in the second. `train` has counted the step
+    too. A slot whose error isn't finite sits it out.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
     position = tl.program_id(1)
-    flags = tl.load(list_ptr + FLAGS + position)
-    chosen = (flags & TRAINS) != 0
     count = tl.load(list_ptr)
     blending = tl.load(list_ptr + 1)
-    if SUMS:
-        chosen = (position >= blending) & (position < count)
-    if chosen:
+    if (position >= blending) & (position < count):
         slot = tl.load(list_ptr + SLOT + position).to(tl.int64)
         step = tl.load(step_ptr + slot)
-        if SUMS:
-            seed = tl.load(list_ptr + SEED + position)
-            blocks = _blocks(rows, inner, ROWS)
-            total, sharing = _shared(list_ptr, blending, blocks, workers, least, GROUP, WIDE)
-            group = (position - blending) // GROUP
-            if WIDE:
-                group = group.to(tl.int64)
-            worker = _worker_of(group * blocks, total, sharing)
-            parts = (_worker_of((group + 1) * blocks - 1, total, sharing) - worker + 1).to(tl.int32)
-            row = (worker + group).to(tl.int64) * GROUP + (position - blending) % GROUP
-            sums_ptr = partial_ptr + row * PER_SLOT
-            # The mean is over the rows and the chunk's own columns.
-            share = 1.0 / (rows.to(tl.float32) * _width(seed))
-            lane = tl.arange(0, DEPTH)
-            error = 0.0
-            for summed in range(0, parts, DEPTH):
-                errors_ptr = sums_ptr + (tl.cast(summed, tl.int64) + lane) * (GROUP * PER_SLOT) + LOSS
-                error += tl.sum(tl.load(errors_ptr, mask=summed + lane < parts, other=0.0), axis=0)
-            # A slot whose error isn't finite sits the step out, which `train` has counted.
-            finite = error * 0.0 == 0.0
-            if (tl.program_id(0) == 0) & (error * 0.0 != 0.0):
-                tl.store(step_ptr + slot, step - 1)
-        else:
-            loss_scale = 1.0
-            if SCALED:
-                loss_scale = tl.load(loss_scale_ptr)
-            lost = tl.zeros([FLOATS], tl.float32)
-            for begin in range(0, PER_SLOT, FLOATS):
-                number = begin + tl.arange(0, FLOATS)
-                at = slot * 55 + (number - IN_WEIGHT)
-                there = (number >= IN_WEIGHT) & (number < 55)
-                gradient = tl.load(in_weight_gradient_ptr + at, mask=there, other=0.0)
-                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
-                at = slot * 5 + (number - IN_BIAS)
-                there = (number >= IN_BIAS) & (number < 60)
-                gradient = tl.load(in_bias_gradient_ptr + at, mask=there, other=0.0)
-                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
-                at = slot * 55 + (number - OUT_WEIGHT)
-                there = (number >= OUT_WEIGHT) & (number < 115)
-                gradient = tl.load(out_weight_gradient_ptr + at, mask=there, other=0.0)
-                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
-                at = slot * 11 + (number - OUT_BIAS)
-                there = (number >= OUT_BIAS) & (number < 126)
-                gradient = tl.load(out_bias_gradient_ptr + at, mask=there, other=0.0)
-                lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
-            finite = tl.sum(lost, axis=0) == 0.0
-            step += 1
+        seed = tl.load(list_ptr + SEED + position)
+        blocks = _blocks(rows, inner, ROWS)
+        total, sharing = _shared(list_ptr, blending, blocks, workers, least, GROUP, WIDE)
+        group = (position - blending) // GROUP
+        if WIDE:
+            group = group.to(tl.int64)
+        worker = _worker_of(group * blocks, total, sharing)
+        parts = (_worker_of((group + 1) * blocks - 1, total, sharing) - worker + 1).to(tl.int32)
+        row = (worker + group).to(tl.int64) * GROUP + (position - blending) % GROUP
+        sums_ptr = partial_ptr + row * PER_SLOT
+        # The mean is over the rows and the chunk's own columns.
+        share = 1.0 / (rows.to(tl.float32) * _width(seed))
+        lane = tl.arange(0, DEPTH)
+        error = 0.0
+        for summed in range(0, parts, DEPTH):
+            errors_ptr = sums_ptr + (tl.cast(summed, tl.int64) + lane) * (GROUP * PER_SLOT) + LOSS
+            error += tl.sum(tl.load(errors_ptr, mask=summed + lane < parts, other=0.0), axis=0)
+        finite = error * 0.0 == 0.0
+        if (tl.program_id(0) == 0) & (error * 0.0 != 0.0):
+            tl.store(step_ptr + slot, step - 1)
         correction = (1.0 - tl.exp(step.to(tl.float64) * mean_log)).to(tl.float32)
         square_correction = (1.0 - tl.exp(step.to(tl.float64) * square_log)).to(tl.float32)
         for begin in range(tl.program_id(0) * FLOATS, PER_SLOT, tl.num_programs(0) * FLOATS):
             number = begin + tl.arange(0, FLOATS)
-            if SUMS:
-                gradient = tl.zeros([FLOATS], tl.float32)
-                part = tl.arange(0, DEPTH)[:, None]
-                at = part * (GROUP * PER_SLOT) + number[None, :]
-                for done in range(0, parts, DEPTH):
-                    there = (done + part < parts) & (number < PER_SLOT)[None, :]
-                    ahead = tl.cast(done, tl.int64) * (GROUP * PER_SLOT)
-                    gradient += tl.sum(tl.load(sums_ptr + ahead + at, mask=there, other=0.0), axis=0)
-                gradient = gradient * share
-                tl.store(loss_ptr + slot + number * 0, gradient, mask=number == LOSS)
-                gradient = gradient * 2.0
+            gradient = tl.zeros([FLOATS], tl.float32)
+            part = tl.arange(0, DEPTH)[:, None]
+            at = part * (GROUP * PER_SLOT) + number[None, :]
+            for done in range(0, parts, DEPTH):
+                there = (done + part < parts) & (number < PER_SLOT)[None, :]
+                ahead = tl.cast(done, tl.int64) * (GROUP * PER_SLOT)
+                gradient += tl.sum(tl.load(sums_ptr + ahead + at, mask=there, other=0.0), axis=0)
+            gradient = gradient * share
+            tl.store(loss_ptr + slot + number * 0, gradient, mask=number == LOSS)
+            gradient = gradient * 2.0
             at = slot * 55 + (number - IN_WEIGHT)
             there = (number >= IN_WEIGHT) & (number < 55)
-            if SUMS:
-                there = there & finite & (gradient * 0.0 == 0.0)
-            else:
-                there = there & finite
-                gradient = tl.load(in_weight_gradient_ptr + at, mask=there, other=0.0)
-                gradient = _unscaled(gradient, loss_scale, SCALED)
+            there = there & finite & (gradient * 0.0 == 0.0)
             _update(
                 in_weight_ptr, in_weight_mean_ptr, in_weight_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
             )
             at = slot * 5 + (number - IN_BIAS)
             there = (number >= IN_BIAS) & (number < 60)
-            if SUMS:
-                there = there & finite & (gradient * 0.0 == 0.0)
-            else:
-                there = there & finite
-                gradient = tl.load(in_bias_gradient_ptr + at, mask=there, other=0.0)
-                gradient = _unscaled(gradient, loss_scale, SCALED)
+            there = there & finite & (gradient * 0.0 == 0.0)
             _update(
                 in_bias_ptr, in_bias_mean_ptr, in_bias_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
             )
             at = slot * 55 + (number - OUT_WEIGHT)
             there = (number >= OUT_WEIGHT) & (number < 115)
-            if SUMS:
-                there = there & finite & (gradient * 0.0 == 0.0)
-            else:
-                there = there & finite
-                gradient = tl.load(out_weight_gradient_ptr + at, mask=there, other=0.0)
-                gradient = _unscaled(gradient, loss_scale, SCALED)
+            there = there & finite & (gradient * 0.0 == 0.0)
             _update(
                 out_weight_ptr, out_weight_mean_ptr, out_weight_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
             )
             at = slot * 11 + (number - OUT_BIAS)
             there = (number >= OUT_BIAS) & (number < 126)
-            if SUMS:
-                there = there & finite & (gradient * 0.0 == 0.0)
-            else:
-                there = there & finite
-                gradient = tl.load(out_bias_gradient_ptr + at, mask=there, other=0.0)
-                gradient = _unscaled(gradient, loss_scale, SCALED)
+            there = there & finite & (gradient * 0.0 == 0.0)
             _update(
                 out_bias_ptr, out_bias_mean_ptr, out_bias_square_ptr, at, gradient, there,
                 lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
             )
-        if not SUMS:
-            tl.store(step_ptr + slot, step, mask=finite)
+
+
+@triton.jit
+def _step_of(
+    list_ptr,
+    position,
+    step_ptr,
+    gradient_ptr,
+    loss_scale_ptr,
+    in_weight_ptr,
+    in_weight_mean_ptr,
+    in_weight_square_ptr,
+    in_bias_ptr,
+    in_bias_mean_ptr,
+    in_bias_square_ptr,
+    out_weight_ptr,
+    out_weight_mean_ptr,
+    out_weight_square_ptr,
+    out_bias_ptr,
+    out_bias_mean_ptr,
+    out_bias_square_ptr,
+    lr,
+    keep,
+    mean_keep,
+    mean_rate,
+    mean_log,
+    square_keep,
+    square_rate,
+    square_log,
+    eps,
+    FLOATS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One step of the slot at a position of the list, if it trains and all its gradients are finite."""
+    if (tl.load(list_ptr + FLAGS + position) & TRAINS) != 0:
+        slot = tl.load(list_ptr + SLOT + position).to(tl.int64)
+        loss_scale = 1.0
+        if SCALED:
+            loss_scale = tl.load(loss_scale_ptr)
+        lost = tl.zeros([FLOATS], tl.float32)
+        for begin in range(0, PER_SLOT, FLOATS):
+            number = begin + tl.arange(0, FLOATS)
+            at = slot * 55 + (number - IN_WEIGHT)
+            there = (number >= IN_WEIGHT) & (number < 55)
+            gradient = tl.load(gradient_ptr + 0 + at, mask=there, other=0.0)
+            lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+            at = slot * 5 + (number - IN_BIAS)
+            there = (number >= IN_BIAS) & (number < 60)
+            gradient = tl.load(gradient_ptr + 220 + at, mask=there, other=0.0)
+            lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+            at = slot * 55 + (number - OUT_WEIGHT)
+            there = (number >= OUT_WEIGHT) & (number < 115)
+            gradient = tl.load(gradient_ptr + 240 + at, mask=there, other=0.0)
+            lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+            at = slot * 11 + (number - OUT_BIAS)
+            there = (number >= OUT_BIAS) & (number < 126)
+            gradient = tl.load(gradient_ptr + 460 + at, mask=there, other=0.0)
+            lost += _unscaled(gradient, loss_scale, SCALED) * 0.0
+        finite = tl.sum(lost, axis=0) == 0.0
+        step = tl.load(step_ptr + slot) + 1
+        correction = (1.0 - tl.exp(step.to(tl.float64) * mean_log)).to(tl.float32)
+        square_correction = (1.0 - tl.exp(step.to(tl.float64) * square_log)).to(tl.float32)
+        for begin in range(0, PER_SLOT, FLOATS):
+            number = begin + tl.arange(0, FLOATS)
+            at = slot * 55 + (number - IN_WEIGHT)
+            there = (number >= IN_WEIGHT) & (number < 55) & finite
+            gradient = tl.load(gradient_ptr + 0 + at, mask=there, other=0.0)
+            gradient = _unscaled(gradient, loss_scale, SCALED)
+            _update(
+                in_weight_ptr, in_weight_mean_ptr, in_weight_square_ptr, at, gradient, there,
+                lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
+            )
+            at = slot * 5 + (number - IN_BIAS)
+            there = (number >= IN_BIAS) & (number < 60) & finite
+            gradient = tl.load(gradient_ptr + 220 + at, mask=there, other=0.0)
+            gradient = _unscaled(gradient, loss_scale, SCALED)
+            _update(
+                in_bias_ptr, in_bias_mean_ptr, in_bias_square_ptr, at, gradient, there,
+                lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
+            )
+            at = slot * 55 + (number - OUT_WEIGHT)
+            there = (number >= OUT_WEIGHT) & (number < 115) & finite
+            gradient = tl.load(gradient_ptr + 240 + at, mask=there, other=0.0)
+            gradient = _unscaled(gradient, loss_scale, SCALED)
+            _update(
+                out_weight_ptr, out_weight_mean_ptr, out_weight_square_ptr, at, gradient, there,
+                lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
+            )
+            at = slot * 11 + (number - OUT_BIAS)
+            there = (number >= OUT_BIAS) & (number < 126) & finite
+            gradient = tl.load(gradient_ptr + 460 + at, mask=there, other=0.0)
+            gradient = _unscaled(gradient, loss_scale, SCALED)
+            _update(
+                out_bias_ptr, out_bias_mean_ptr, out_bias_square_ptr, at, gradient, there,
+                lr, keep, mean_keep, mean_rate, square_keep, square_rate, correction, square_correction, eps,
+            )
+        tl.store(step_ptr + slot, step, mask=finite)
+
+
+@triton.jit
+def step(
+    list_ptr,
+    step_ptr,
+    gradient_ptr,
+    loss_scale_ptr,
+    in_weight_ptr,
+    in_weight_mean_ptr,
+    in_weight_square_ptr,
+    in_bias_ptr,
+    in_bias_mean_ptr,
+    in_bias_square_ptr,
+    out_weight_ptr,
+    out_weight_mean_ptr,
+    out_weight_square_ptr,
+    out_bias_ptr,
+    out_bias_mean_ptr,
+    out_bias_square_ptr,
+    lr,
+    keep,
+    mean_keep,
+    mean_rate,
+    mean_log,
+    square_keep,
+    square_rate,
+    square_log,
+    eps,
+    FLOATS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One step of every slot that trains, from the gradients as `reduce` leaves them. Grid: positions of the list.
+
+    SCALED: the gradients are to be divided by `loss_scale` first.
+    """
+    _step_of(
+        list_ptr, tl.program_id(0), step_ptr, gradient_ptr, loss_scale_ptr,
+        in_weight_ptr, in_weight_mean_ptr, in_weight_square_ptr,
+        in_bias_ptr, in_bias_mean_ptr, in_bias_square_ptr,
+        out_weight_ptr, out_weight_mean_ptr, out_weight_square_ptr,
+        out_bias_ptr, out_bias_mean_ptr, out_bias_square_ptr,
+        lr, keep, mean_keep, mean_rate, mean_log, square_keep, square_rate, square_log, eps, FLOATS, SCALED,
+    )
+
+
+@triton.jit
+def step_all(
+    table_ptr,
+    gradients_ptr,
+    loss_scale_ptr,
+    lr,
+    keep,
+    mean_keep,
+    mean_rate,
+    mean_log,
+    square_keep,
+    square_rate,
+    square_log,
+    eps,
+    FLOATS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """`step` for many banks. Grid: positions of the list, banks.
+
+    A row of `table` has the addresses of what a bank consists of, and `gradients` that of its gradients.
+    """
+    bank = tl.program_id(1)
+    row_ptr = table_ptr + bank * ADDRESSES
+    _step_of(
+        tl.load(row_ptr).to(tl.pointer_type(tl.int32)),
+        tl.program_id(0),
+        tl.load(row_ptr + 1).to(tl.pointer_type(tl.int64)),
+        tl.load(gradients_ptr + bank).to(tl.pointer_type(tl.float32)),
+        loss_scale_ptr,
+        tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 6).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 7).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 8).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 9).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 10).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 11).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 12).to(tl.pointer_type(tl.float32)),
+        tl.load(row_ptr + 13).to(tl.pointer_type(tl.float32)),
+        lr, keep, mean_keep, mean_rate, mean_log, square_keep, square_rate, square_log, eps, FLOATS, SCALED,
+    )

@@ -16,7 +16,7 @@ from morphc.kernels.compile import Resources, compile_all
 from morphc.kernels.reference.adamw import adamw_rows
 from morphc.kernels.reference.train import reconstruct
 from morphc.kernels.spec import TuneConfig
-from morphc.kernels.training import Bank, Rates, Trainer, bank_of
+from morphc.kernels.training import Bank, Rates, Trainer, addresses, bank_of
 from morphc.runtime.active import take
 from morphc.runtime.bank import SlotBank
 
@@ -42,6 +42,10 @@ def bank(made: Case, seed: int = 0) -> Bank:
     squares = [torch.rand(param.shape, generator=g).to(device) for param in params]
     step = torch.randint(0, 5, (made.spec.slots,), generator=g).to(device)
     return Bank(params, means, squares, step)
+
+
+def flat_of(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def wide(held: Bank) -> Bank:
@@ -194,7 +198,7 @@ def test_adamw_from_a_bank_s_own_gradients(blend: str) -> None:
     before = [param.clone() for param in held.params]
     kernel = trainer(made, tuned())
     for _ in range(3):
-        kernel.step(made.active, held, grads, RATES)
+        kernel.step(made.active, held, flat_of(grads), RATES)
         follow(expected, [grad.double() for grad in grads], rows)
     assert_close(held, expected, 1e-5)
     assert any(
@@ -214,11 +218,35 @@ def test_a_slot_with_a_gradient_that_is_not_finite_sits_the_step_out(scale: floa
         grads[slot % len(grads)][slot].view(-1)[-1] = value
     rows = made.slots.trains & (torch.arange(6) >= len(bad))
     given = None if scale is None else torch.tensor(scale)
-    trainer(made, tuned()).step(made.active, held, grads, RATES, given)
+    trainer(made, tuned()).step(made.active, held, flat_of(grads), RATES, given)
     follow(expected, [grad.double() / (scale or 1.0) for grad in grads], rows)
     assert_close(held, expected, 1e-5)
     for ours, theirs in zip(held[:3], before[:3], strict=True):
         assert all(torch.equal(one[~rows], other[~rows]) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_many_banks_step_in_one_launch_as_each_does_alone(scale: float | None) -> None:
+    made = case(22, 5, 5, 6, states=(L.TRAINING, L.GRAFTING, L.FINE_TUNING, L.FOSSILIZED))
+    kernel, g = trainer(made, tuned()), torch.Generator().manual_seed(7)
+    given = None if scale is None else torch.tensor(scale)
+    together, alone = ([bank(made) for _ in range(3)] for _ in range(2))
+    active, flats = made.active, []
+    for number, other in enumerate(alone):
+        flats.append(torch.randn(sum(param.numel() for param in other.params), generator=g))
+        if number == 1:
+            flats[1][0] = torch.nan
+        kernel.step(active, other, flats[number], RATES, given)
+    banks = [addresses(active, one) for one in together]
+    for _ in range(2):  # the second finds the addresses on the device
+        kernel.step_all(banks, flats, RATES, given)
+    for number, other in enumerate(alone):
+        kernel.step(active, other, flats[number], RATES, given)
+    for one, other in zip(together, alone, strict=True):
+        for ours, theirs in zip(one[:3], other[:3], strict=True):
+            assert all(map(torch.equal, ours, theirs))
+        assert torch.equal(one.step, other.step)
+    assert not torch.equal(together[0].params[0], bank(made).params[0])
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.9999)])
@@ -229,7 +257,7 @@ def test_adamw_keeps_its_digits_at_the_first_and_at_late_steps(betas: tuple[floa
         each.step[:] = torch.tensor([0, 1, 10**6])
     grads = [torch.full_like(param, 1e-3) for param in held.params]
     rates = Rates(1.0, betas, 1e-8, 0.0)
-    trainer(made, tuned()).step(made.active, held, grads, rates)
+    trainer(made, tuned()).step(made.active, held, flat_of(grads), rates)
     follow(expected, [grad.double() for grad in grads], made.slots.trains, rates)
     moved = [
         one.double() - param.double() for one, param in zip(held.params, made.params.values(), strict=True)
@@ -244,7 +272,7 @@ def test_the_tensors_of_a_slot_bank() -> None:
     slots = SlotBank("bottleneck", made.geometry, "residual", 3)
     held = bank_of(slots, slots.names)
     grads = [torch.ones_like(param) for param in held.params]
-    trainer(made, tuned()).step(made.active, held, grads, RATES)
+    trainer(made, tuned()).step(made.active, held, flat_of(grads), RATES)
     assert slots.opt.step.tolist() == [1, 1, 1]
     assert all(param.ne(0).all() for param in slots.parameters())
 
@@ -261,8 +289,12 @@ def test_kernels_compile_for_an_h200_without_spills() -> None:
     config = training.default(spec, 4096)
     jobs = [
         training.train_job(spec, config),
-        training.adamw_job(spec, config, sums=True),
-        training.adamw_job(spec, config, sums=False),
+        training.adamw_job(spec, config),
+        *(
+            training.step_job(spec, together=together, scaled=scaled)
+            for together in (False, True)
+            for scaled in (False, True)
+        ),
     ]
     for found in compile_all(jobs, processes=1):
         assert isinstance(found, Resources), found
@@ -275,6 +307,6 @@ def test_isolated_training_of_wide_float32_chunks_is_refused_and_their_steps_are
     config = training.default(spec, 64)
     with pytest.raises(UnsupportedKernelError, match="training over chunks of 192 features in float32"):
         training.train_job(spec, config)
-    assert training.adamw_job(spec, config, sums=False).function == "adamw"
+    assert training.step_job(spec).function == "step"
     assert not training.refuses(msgspec.structs.replace(spec, dtype="bfloat16"))
     assert not training.refuses(msgspec.structs.replace(spec, features=256, chunk=128))
