@@ -237,7 +237,7 @@ class Forward:
         bits = view.stride | (view.inner if view.walk == "channels_first" else 0)
         numbers = view.rows, view.stride, view.inner
         variants, on_gpu, divisible = self.variants, self.device.type == "cuda", bits % 16 == 0
-        grids: dict[int, tuple[int, int, int]] = {}
+        known: dict[tuple[bool, bool, bool], tuple[Launch, tuple[int, int, int]]] = {}
         renewed: Bound | None = None
 
         def call(
@@ -247,25 +247,28 @@ class Forward:
             if renewed is not None:
                 renewed(x, active, params, stash, early)
                 return
-            tensors = (x, active, x if stash is None else stash, *params)
-            pointers = [tensor.data_ptr() for tensor in tensors]
+            saved = x if stash is None else stash
+            pointers = [x.data_ptr(), active.data_ptr(), saved.data_ptr(), *launch.pointers_of(params)]
             bits = 0
             for pointer in pointers:
                 bits |= pointer
-            key = (once, stash is not None, even, early, divisible and not bits & 15)
-            found = variants.get(key)
-            if found is None and self.variants is variants:
-                found = self._prepare(key)
-            if found is None:
-                # What is known of the config that spilled is of no use for the next one.
-                renewed = self.bound(view)
-                renewed(x, active, params, stash, early)
-                return
-            launched, most = found
-            grid = grids.get(most)
-            if grid is None:
-                grid = grids[most] = (groups, blocks, 1) if once else (min(most, groups * blocks), 1, 1)
-            launched(grid, *(pointers if on_gpu else tensors), *numbers)
+            short = (stash is None, early, bits & 15 == 0)
+            ready = known.get(short)
+            if ready is None:
+                key = (once, stash is not None, even, early, divisible and not bits & 15)
+                found = variants.get(key)
+                if found is None and self.variants is variants:
+                    found = self._prepare(key)
+                if found is None:
+                    # What is known of the config that spilled is of no use for the next one.
+                    renewed = self.bound(view)
+                    renewed(x, active, params, stash, early)
+                    return
+                launched, most = found
+                ready = launched, ((groups, blocks, 1) if once else (min(most, groups * blocks), 1, 1))
+                known[short] = ready
+            launched, grid = ready
+            launched(grid, *(pointers if on_gpu else (x, active, saved, *params)), *numbers)
 
         return call
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from morphc.kernels.layout import View
 from morphc.kernels.reference.blends import blend_shapes
 from morphc.kernels.spec import KernelSpec, TuneConfig
 from morphc.kernels.templating import cdiv, next_pow2
+from morphc.kernels.triton_api import Launch
 
 BLUEPRINTS: Final = ("affine", "bottleneck")
 """Blueprints whose gradients have kernels."""
@@ -386,6 +387,12 @@ def reduce_block(spec: KernelSpec) -> tuple[int, int]:
     return floats, REDUCE_FLOATS // floats
 
 
+class Bound(Protocol):
+    """A backward of activations that are all walked alike, in place; see `Backward`."""
+
+    def __call__(self, dy: Tensor, active: Tensor, stash: Tensor, gradient: Tensor) -> None: ...
+
+
 class Backward:
     """The backward of one spec with one config on one device; its variants are compiled when first called for.
 
@@ -473,8 +480,8 @@ class Backward:
             read = torch.empty(stash.shape, dtype=dy.dtype, device=self.device) if self.tile.group > 1 else dx
             dy_view = dx_view
         partial = torch.empty(plan.partial, dtype=torch.float32, device=self.device)
-        tensors = [read, dx, stash, active, *params, partial]
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        front = (read, dx, stash, active)
+        pointers = [*[tensor.data_ptr() for tensor in front], *launch.pointers_of(params), partial.data_ptr()]
         bits = 0
         for pointer in pointers:
             bits |= pointer
@@ -488,7 +495,7 @@ class Backward:
                 dy, dy_view, dx, dx_view, active, params, stash, gradient, copied=copied, add=add, early=early
             )
             return
-        passed = pointers if self.device.type == "cuda" else tensors
+        passed = pointers if self.device.type == "cuda" else (*front, *params, partial)
         strides = dy_view.stride, dx_view.stride
         prepared.launch((plan.programs, 1, 1), *passed, dy_view.rows, *strides, dy_view.inner, plan.least)
         if gradient is None:
@@ -500,6 +507,49 @@ class Backward:
             reducer.launch(self.grid, pointers[-1], gradient.data_ptr(), pointers[3], *last)
         else:
             reducer.launch(self.grid, partial, gradient, active, *last)
+
+    def bound(self, view: View, params: launch.Resident) -> Bound:
+        """The same for activations that are all walked as `view`, in place, of the bank that has `params`."""
+        plan = self.plans.get((view, False)) or self._plan(view, False)
+        config, on_gpu, grid, group = self.config, self.device.type == "cuda", self.grid, self.tile.group
+        stride = common_power(view.stride, view.inner if self.spec.layout == "channels_first" else 0)
+        programs = (plan.programs, 1, 1)
+        numbers = view.rows, view.stride, view.stride, view.inner, plan.least
+        last = view.rows, view.inner, plan.programs, plan.least
+        room = torch.empty(0, dtype=torch.float32, device=self.device)
+        fixed, bits_of_fixed = params.pointers, 0
+        for pointer in fixed:
+            bits_of_fixed |= pointer
+        known: dict[bool, tuple[Launch, Launch]] = {}
+
+        def call(dy: Tensor, active: Tensor, stash: Tensor, gradient: Tensor) -> None:
+            if self.config is not config:  # it has spilled, and what follows from it holds no longer
+                self(dy, view, dy, view, active, params, stash, gradient)
+                return
+            read = torch.empty_like(stash) if group > 1 else dy
+            partial = room.new_empty(plan.partial)
+            front = (read.data_ptr(), dy.data_ptr(), stash.data_ptr(), active.data_ptr())
+            sums = partial.data_ptr()
+            aligned = not (front[0] | front[1] | front[2] | front[3] | sums | bits_of_fixed) & 15
+            found = known.get(aligned)
+            if found is None:
+                variant = Variant(plan.even, stride, plan.wide, aligned, True, False)
+                prepared = self.variants.get(variant) or self._prepare(variant)
+                if prepared is None:
+                    self(dy, view, dy, view, active, params, stash, gradient)
+                    return
+                key = plan.wide, True, False, plan.deep
+                reducer = self.reducers.get(key) or self._prepare_reduce(*key)
+                found = known[aligned] = prepared.launch, reducer.launch
+            walk, reduce = found
+            if on_gpu:
+                walk(programs, *front, *fixed, sums, *numbers)
+                reduce(grid, sums, gradient.data_ptr(), front[3], *last)
+            else:
+                walk(programs, read, dy, stash, active, *params, partial, *numbers)
+                reduce(grid, partial, gradient, active, *last)
+
+        return call
 
     def _plan(self, view: View, copies: bool) -> Plan:
         even, blocks = blocks_of(self.spec, view, self.tile.rows)

@@ -198,6 +198,24 @@ def prepare_job(job: Job, device: torch.device | str, *, aligned: bool = True, p
     )
 
 
+class Resident(tuple[Tensor, ...]):
+    """Tensors that stay where they are: their addresses are looked up once."""
+
+    pointers: list[int]
+
+    def __new__(cls, tensors: Iterable[Tensor]) -> Resident:
+        made = super().__new__(cls, tensors)
+        made.pointers = [tensor.data_ptr() for tensor in made]
+        return made
+
+
+def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Their addresses."""
+    if type(tensors) is Resident:
+        return tensors.pointers
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def aligned(tensors: Iterable[Tensor], *numbers: int) -> bool:
     """Whether all addresses and numbers are divisible by 16."""
     together = 0

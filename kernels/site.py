@@ -84,6 +84,18 @@ class BankKernels(ListedBank):
             self._forward[bucket] = kernel
         return kernel
 
+    def backward_of(self, view: View) -> gradient.Backward:
+        """What differentiates the join of activations of about so many rows."""
+        bucket = tuning.bucket(view.rows)
+        kernel = self._backward.get(bucket)
+        if kernel is None:
+            spec = replace(self.spec, kind="backward")
+            config = tuning.lookup(spec, view.rows) or gradient.default(spec, view.rows)
+            behind = _behind(spec, view.rows, config)
+            kernel = gradient.Backward(spec, config, self.device, _precision(), behind)
+            self._backward[bucket] = kernel
+        return kernel
+
     def backward(
         self,
         grad: Tensor,
@@ -102,15 +114,7 @@ class BankKernels(ListedBank):
         gradients of parameters are added to and returned as.
         """
         dy, dy_view = like.walked(grad, self.spec.layout)
-        bucket = tuning.bucket(dy_view.rows)
-        kernel = self._backward.get(bucket)
-        if kernel is None:
-            spec = replace(self.spec, kind="backward")
-            config = tuning.lookup(spec, dy_view.rows)
-            config = config or gradient.default(spec, dy_view.rows)
-            behind = _behind(spec, dy_view.rows, config)
-            kernel = gradient.Backward(spec, config, self.device, _precision(), behind)
-            self._backward[bucket] = kernel
+        kernel = self.backward_of(dy_view)
         add = into is not None
         flat = torch.empty(self.floats, dtype=torch.float32, device=self.device) if into is None else into
         if isolated_only:

@@ -150,6 +150,7 @@ class SlotBank(nn.Module):
         A parameter that `torch.func.functional_call` put in place of the bank's own is used itself, and so is the
         bank's own in a `torch.jit.trace` or an export, which know no other tensors than parameters and buffers.
         """
+        self.__dict__["_loose"] = True
         found = {}
         own = not (jit_traced() or torch.compiler._is_exporting_flag)
         for name in self.names:
@@ -171,6 +172,7 @@ class SlotBank(nn.Module):
             self._stay(*self._kept)
         elif found is not None:
             self.flat.grad = None
+            self.__dict__["_loose"] = True
             for leaf, part in zip(self._leaves.values(), self.sections(found), strict=True):
                 leaf.grad = part if leaf.grad is None else leaf.grad.add_(part)
 
@@ -191,7 +193,8 @@ class SlotBank(nn.Module):
         if self._kept is not None:
             self._settle()
             return self._kept[0]
-        return self.flat.grad if all(leaf.grad is None for leaf in self._leaves.values()) else None
+        loose = self._loose and any(leaf.grad is not None for leaf in self._leaves.values())
+        return None if loose else self.flat.grad
 
     def sections(self, flat: Tensor) -> tuple[Tensor, ...]:
         """`flat` [floats of all parameters] as views, one a parameter."""
@@ -205,13 +208,16 @@ class SlotBank(nn.Module):
             self._kept[0].zero_()
             return
         self.flat.grad = None
-        for leaf in self._leaves.values():
-            leaf.grad = None
+        if self._loose:
+            for leaf in self._leaves.values():
+                leaf.grad = None
+            self.__dict__["_loose"] = False
 
     @torch.no_grad()
     def give_grads(self, rows: Tensor, grads: Mapping[str, Tensor]) -> None:
         """Put gradients [k, ...] of the slots `rows` [k] into the buffers."""
         self._settle()
+        self.__dict__["_loose"] = True
         for name, grad in grads.items():
             leaf = self._leaves[name]
             if leaf.grad is None:
@@ -334,6 +340,8 @@ class SlotBank(nn.Module):
 
     def _bind(self, grads: Mapping[str, Tensor | None]) -> None:
         self._kept = None
+        # Whether a leaf other than `flat` may have a gradient: to ask each takes longer than a launch.
+        self._loose = True
         size = 0
         for name in self.names:
             param = self.get_parameter(name)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from morphc.errors import SeedError
 from morphc.kernels import backend, gradient
 from morphc.kernels.active import stash_shape
+from morphc.kernels.launch import Resident
 from morphc.kernels.layout import View, is_dense, view_of, walkable
 from morphc.kernels.site import BankKernels, Like, ListedBank, TapBankKernels, bank_kernels, spec_of
 from morphc.kernels.site_spec import SiteSpec
@@ -41,6 +42,14 @@ class Listed:
         self.active = active
         self.made_from: tuple[Tensor | None, ...] = ()
         self.versions: tuple[int, ...] = ()
+
+    def holds(self, site: SeedSite, bank: SlotBank) -> bool:
+        """Whether no state has changed since."""
+        made, state = self.made_from, site.state._buffers
+        owner, lifecycle, alpha = bank._buffers["owner"], state["lifecycle"], state["alpha"]
+        if not made or owner is not made[0] or lifecycle is not made[1] or alpha is not made[2]:
+            return False
+        return self.versions == (owner._version, lifecycle._version, alpha._version)  # type: ignore[union-attr]
 
 
 class Engine:
@@ -94,17 +103,13 @@ class Engine:
         self, site: SeedSite, name: str, bank: SlotBank, kernels: ListedBank, device: torch.device
     ) -> Tensor:
         """The bank's list of active seeds, made anew if a state has changed since."""
-        state = site.state._buffers
-        sources = (bank.owner, state["lifecycle"], state["alpha"])
         found = self.lists.get((name, device))
         if found is None or found.active.shape != kernels.list_shape:
             found = self.lists[name, device] = Listed(lasting(kernels.new_list, device))
-        versions = tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
-        known = found.versions == versions and all(
-            one is other for one, other in zip(found.made_from, sources, strict=True)
-        )
         # A captured graph makes the list at every replay: nobody asks here then whether a state has changed.
-        if not known or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if not found.holds(site, bank) or (
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):
             rows = slice(site.offset, site.offset + site.seeds)
             owner, lifecycle, alpha = bank.owner, site.state.lifecycle[rows], site.state.alpha[rows]
             if lifecycle.device != device:
@@ -113,7 +118,9 @@ class Engine:
             kernels.make_list(owner, lifecycle, alpha, found.active, BLENDS, site.isolated_states, TRAINS)
             # A backward that still waits for the list as it was must not read this one in its place.
             torch.autograd.graph.increment_version(found.active)
-            found.versions, found.made_from = versions, sources
+            state = site.state._buffers
+            found.made_from = sources = bank._buffers["owner"], state["lifecycle"], state["alpha"]
+            found.versions = tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
         return found.active
 
 
@@ -126,11 +133,13 @@ class Ready:
 
     __slots__ = (
         "backend",
+        "backward",
         "bank",
         "cuda",
         "device",
         "dtype",
         "flat",
+        "floats",
         "follows",
         "forward",
         "kernels",
@@ -153,8 +162,12 @@ class Ready:
         self.forward = kernels.forward_of(walk).bound(walk)
         self.like = Like(tuple(y.shape), y.stride(), site.feature_axis)
         self.room = stash_shape(kernels.spec, walk)
-        self.params, self.leaves = tuple(bank._parameters.values()), tuple(bank.leaves().values())
+        # A leaf is an alias of what its parameter was when the bank's leaves were made, wherever that goes.
+        self.params, self.leaves = tuple(bank._parameters.values()), Resident(bank.leaves().values())
         self.flat = None if _replaced(bank) else bank.flat
+        self.floats = kernels.floats
+        in_place = self.flat is not None and is_dense(y)
+        self.backward = kernels.backward_of(walk).bound(walk, self.leaves) if in_place else None
         self.listed = site.engine.lists[name, y.device]
 
     def holds(self, site: SeedSite, y: Tensor) -> bool:
@@ -179,16 +192,8 @@ class Ready:
         graded = torch.is_grad_enabled()
         if isolated_only and not graded:
             return y
-        listed, state = self.listed, site.state._buffers
-        owner, lifecycle, alpha = sources = self.bank._buffers["owner"], state["lifecycle"], state["alpha"]
-        made, versions = listed.made_from, listed.versions
-        if (
-            owner is not made[0]
-            or lifecycle is not made[1]
-            or alpha is not made[2]
-            or versions != tuple([tensor._version for tensor in sources])  # type: ignore[union-attr]
-            or (self.cuda and torch.cuda.is_current_stream_capturing())
-        ):
+        listed = self.listed
+        if not listed.holds(site, self.bank) or (self.cuda and torch.cuda.is_current_stream_capturing()):
             site.engine.listed(site, self.name, self.bank, self.kernels, self.device)
             listed, early = site.engine.lists[self.name, self.device], False
             self.listed = listed
@@ -230,21 +235,31 @@ class Join(torch.autograd.Function):
         return _written(ctx, y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            refused: tuple[Tensor | None, ...] = _differentiate_once(ctx, grad)
+            return refused
         active, stash = ctx.saved_tensors
         ready: Ready = ctx.ready
-        leaves = ready.leaves
-        if ctx.version != leaves[0]._version:
+        if ctx.version != ready.leaves[0]._version:
             raise SeedError(
                 f"parameters of {ready.bank} have changed between a forward and its backward; step after the backward"
             )
         owned = ownership.nobody_else_has(grad)
+        if owned and ready.backward is not None and not ctx.isolated_only and grad.stride() == ready.strides:
+            found = active.new_empty(ready.floats, dtype=torch.float32)
+            ready.backward(grad, active, stash, found)
+            return grad, None, None, None, None, found
         passed, found = ready.kernels.backward(
-            grad, ready.like, active, leaves, stash, ctx.isolated_only, owned
+            grad, ready.like, active, ready.leaves, stash, ctx.isolated_only, owned
         )
         given = (found,) if ready.flat is not None else ready.bank.sections(found)
         return passed, None, None, None, None, *given
+
+
+@once_differentiable
+def _differentiate_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return Join.backward(ctx, grad)
 
 
 # What `Function.apply` calls once it has looked for transforms of functorch among the arguments: there are none.

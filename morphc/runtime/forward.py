@@ -64,7 +64,10 @@ class SiteForward:
             return self._within(out, args, kwargs)
         measured = self.layer.training and site.watch(out)
         if site.mode:
-            return site.join(out, first_tensor(args, kwargs), self.fresh, measured)
+            joined = site.join_ready(out, self.fresh, measured)
+            return (
+                site.join(out, first_tensor(args, kwargs), self.fresh, measured) if joined is None else joined
+            )
         return out
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Holds = tuple[int, int, int, int, int]
 
 
 def nobody_else_has(grad: Tensor) -> bool:
-    """To be called with what a `once_differentiable` backward was given, and from there."""
+    """To be called with what a backward was given, and from there: a wrapper around it holds the gradient too."""
     most = _alone()
     if most is None or type(grad) is not Tensor or grad.requires_grad:
         return False
@@ -53,7 +52,6 @@ class _Probe(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _note(ctx.seen, grad)
         return grad, None

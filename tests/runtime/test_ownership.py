@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from morphc.runtime import ownership
 
@@ -21,7 +20,6 @@ class Scribble(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         alone = ownership.nobody_else_has(grad)
         ctx.told.append(alone)
