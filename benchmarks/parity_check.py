@@ -13,7 +13,7 @@ from sites import bank
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active, gradient, training, tuning
+from morphc.kernels import active, gradient, launch, training, tuning
 from morphc.kernels import telemetry as kernels
 from morphc.kernels.layout import View, view_of
 from morphc.kernels.reference import health
@@ -293,7 +293,7 @@ class Check:
         )
 
     def backward(self, stash: Tensor) -> list[Tensor]:
-        """In place on a copy, and where it can making the copy itself; twice. Gives the slots' gradients."""
+        """On a copy, and where it can making the copy itself; twice. Then in place. Gives the slots' gradients."""
         spec = self.kernel_spec("backward")
         config = gradient.default(spec, self.spec.rows)
         kernel = gradient.Backward(spec, config, self.device)
@@ -316,6 +316,11 @@ class Check:
             same = same_bits(first.storage, dx.storage) and same_bits(grads, flat)
             self.expect(same, "backward: other bits a second time")
         dx, flat = found[True]
+        own, sums = self.dy.clone(), torch.full((size,), 9.0, device=self.device)
+        if self.spec.rows:
+            kernel.bound(own.view, launch.Resident(self.bank.values))(own.tensor, self.listed, stash, sums)
+            same = same_bits(own.storage, dx.storage) and same_bits(sums, flat)
+            self.expect(same, "backward: other bits where it may write the gradient it gets")
         if False in found:
             other, grads = found[False]
             self.expect(same_bits(other.storage, dx.storage), "backward: other bits where it copies")
@@ -376,16 +381,16 @@ class Check:
         before, after, again = self.trained(2), self.trained(2), self.trained(2)
         losses = []
         for trained in (after, again):
-            loss = torch.full((self.spec.seeds,), -1.0, device=self.device)
+            loss = torch.full((spec.slots,), -1.0, device=self.device)
             trainer.reconstruct(self.x.tensor, self.view, self.listed, trained, loss, RATES)
             losses.append(loss)
         same = all(same_bits(a, b) for a, b in zip(_tensors(after), _tensors(again), strict=True))
         self.expect(same and same_bits(*losses), "train: other bits a second time")
         isolated = self.known.isolated
-        slots, seeds = self.known.slot[isolated], self.known.seed[isolated]
+        slots = self.known.slot[isolated]
         others = torch.ones_like(losses[0], dtype=torch.bool)
-        others[seeds] = False
-        self.expect(bool((losses[0][others] == -1).all()), "train: a loss of a seed that does not train")
+        others[slots] = False
+        self.expect(bool((losses[0][others] == -1).all()), "train: a loss of a slot that does not train")
         none = {name: value[:0].double() for name, value in self.bank.params.items()}
         grads = {name: [value] for name, value in none.items()}
         spoilt = [torch.zeros(0, dtype=torch.bool, device=self.device)]
@@ -395,7 +400,7 @@ class Check:
             )
             own = isolated[group.part]
             spoilt.append(group.spoilt_slots(loss)[own])
-            self.errors.add("loss", losses[0][self.known.seed[group.part][own]], loss[own], spoilt[-1])
+            self.errors.add("loss", losses[0][self.known.slot[group.part][own]], loss[own], spoilt[-1])
             for name, grad in found.items():
                 grads[name].append(grad[own])
         joined = [torch.cat(grads[name]) for name in self.bank.params]
