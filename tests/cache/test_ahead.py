@@ -155,12 +155,9 @@ def _only(model: nn.Module, path: str, rows: int) -> Iterator[Job]:
 
 
 def test_a_model_is_compiled_for_a_target_and_found_again(fresh_cache: Path) -> None:
-    # Chunks for which nothing spills, so that no kernel makes way for another.
-    model = morphc.compile(
-        nn.Sequential(nn.Linear(16, 16)),
-        (torch.randn(2, 16),),
-        config=morphc.Config(seeds_per_layer=2, slots=1),
-    )
+    # A blueprint of which nothing spills, so that no kernel makes way for another.
+    config = morphc.Config(seeds_per_layer=2, slots=1, blueprint="affine")
+    model = morphc.compile(nn.Sequential(nn.Linear(8, 8)), (torch.randn(2, 8),), config=config)
     plan = morphc.report(model).plan
     total, lacking = aheads.missing(model, plan, "cuda:80")
     assert len(lacking) == total > 8
