@@ -394,17 +394,21 @@ class Check:
         none = {name: value[:0].double() for name, value in self.bank.params.items()}
         grads = {name: [value] for name, value in none.items()}
         spoilt = [torch.zeros(0, dtype=torch.bool, device=self.device)]
+        steps = [torch.zeros(0, dtype=torch.bool, device=self.device)]
         for group in self.groups():
             loss, found = reconstruction(
                 group, self.known, self.bank.params, self.spec.blueprint, self.bank.geometry
             )
             own = isolated[group.part]
             spoilt.append(group.spoilt_slots(loss)[own])
+            steps.append(loss[own].isfinite())
             self.errors.add("loss", losses[0][self.known.slot[group.part][own]], loss[own], spoilt[-1])
             for name, grad in found.items():
                 grads[name].append(grad[own])
-        joined = [torch.cat(grads[name]) for name in self.bank.params]
-        self._compare_step("train", before, after, slots, joined, torch.cat(spoilt))
+        # A slot whose loss isn't finite sits the step out.
+        stepped = torch.cat(steps)
+        joined = [torch.cat(grads[name])[stepped] for name in self.bank.params]
+        self._compare_step("train", before, after, slots[stepped], joined, torch.cat(spoilt)[stepped])
 
     def _compare_step(
         self,

@@ -60,7 +60,8 @@ class Resources:
     """What one compiled kernel takes. registers, spills (32-bit values): per thread; shared, size: bytes.
 
     digest: equal for equal code that starts alike. seconds: of a processor, that it took to compile. overlaid: a
-    product that can read what isn't its own, see `compile_worker.overlaid`.
+    product that can read what isn't its own, see `compile_worker.overlaid`. exchanged: a mask that can let through
+    what isn't its own, see `compile_worker.exchanged`.
     """
 
     registers: int
@@ -71,6 +72,7 @@ class Resources:
     digest: str = ""
     seconds: float = 0.0
     overlaid: str = ""
+    exchanged: str = ""
 
     @property
     def excess(self) -> bool:
@@ -85,6 +87,8 @@ class Resources:
             return f"needs {self.shared} B of shared memory, {self.target} has {limit} B"
         if self.overlaid:
             return f"a product of {self.overlaid}, which Triton makes read memory that isn't its own"
+        if self.exchanged:
+            return f"a mask of {self.exchanged} in two layouts, whose bits Triton exchanges"
         return f"spills {self.spills} values a thread" if self.spills else ""
 
 
@@ -251,8 +255,9 @@ def _kept(want: binaries.Wanted, reasons: Sequence[str], run: Callable[[], dict[
                     want.keep(files, answer | {"arguments": kept["arguments"]})
                 return answer
     binaries.count_hit(found)
-    told = ("registers", "spills", "shared", "size", "digest", "seconds", "overlaid")
-    return {name: found.manifest.details[name] for name in told}
+    told = ("registers", "spills", "shared", "size", "digest", "seconds", "overlaid", "exchanged")
+    # What an older version kept lacks what is looked at since.
+    return {name: found.manifest.details[name] for name in told if name in found.manifest.details}
 
 
 def _run(job: Job, keep: bool, time_limit: float, stopped: threading.Event) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def measure(kernel: Any, log: str = "") -> dict[str, Any]:
         "size": len(kernel.kernel),
         "digest": digest_of(kernel),
         "overlaid": overlaid(kernel.asm.get("ttgir", "")),
+        "exchanged": exchanged(kernel.asm.get("ttgir", "")),
     }
 
 
@@ -82,6 +83,16 @@ def overlaid(ttgir: str) -> str:
         if 16 * down > int(rows):
             return f"{rows}x{columns} by {down * across} warps"
     return ""
+
+
+def exchanged(ttgir: str) -> str:
+    """A mask that is moved from layout to layout, as `16x8`; an empty string where there is none.
+
+    Within a warp Triton 3.6 packs the mask's bits into bytes and takes these in another order: what the mask lets
+    through is then somebody else's, on every NVIDIA GPU and without a word.
+    """
+    found = re.search(r"ttg\.convert_layout .*?: tensor<([\dx]+)xi1, ", ttgir)
+    return found[1] if found else ""
 
 
 def digest_of(kernel: Any) -> str:

@@ -207,7 +207,9 @@ def step_job(
     function = "step_all" if together else "step"
     options = {"num_warps": ADAMW_WARPS}
     if target.startswith("cuda"):
-        options["maxnreg"] = 255  # left alone, ptxas spills two or three registers to have a rounder number of them
+        options["maxnreg"] = (
+            255  # left alone, ptxas spills two or three registers to have a rounder number of them
+        )
     return Job(source(spec, target == "cpu"), function, signature, constants, (), options, target)
 
 
