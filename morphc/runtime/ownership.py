@@ -1,15 +1,16 @@
 """Whether a gradient that autograd hands to a backward may be written by it: where nobody else will ever read it.
 
 torch's own engine adds up gradients in place on the same condition: one tensor on the storage, and one hold on the
-tensor. Seen from Python there are more holds, those of the call itself. How many depends on the versions of Python and
-torch, so they are counted once, in backwards of which it is known whether the gradient is shared.
+tensor. Seen from Python there are more holds, those of the calls on the way. How many depends on the versions of Python
+and torch, so they are counted once, in backwards of which it is known whether the gradient is shared. While Dynamo
+looks at frames, or where an error left it doing so, each call holds more: then no gradient is taken for nobody else's.
 """
 
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,39 @@ from torch import Tensor
 Holds = tuple[int, int, int, int, int]
 
 
+class Counted(NamedTuple):
+    """The holds of calls when they were counted.
+
+    alone: on a gradient that nobody else has, and on one that is a view of what nobody else has; None where a shared
+    one can't be told from these. calls: on an object that went through a call.
+    """
+
+    alone: tuple[Holds, Holds] | None
+    calls: int
+
+
+_counted: Counted | None = None
+
+
 def nobody_else_has(grad: Tensor) -> bool:
     """To be called with what a backward was given, and from there: a wrapper around it holds the gradient too."""
-    most = _alone()
-    if most is None or type(grad) is not Tensor or grad.requires_grad:
+    global _counted
+    if type(grad) is not Tensor or grad.requires_grad:
         return False
-    return _within(_holds(grad), most[grad._is_view()])
+    known, calls = _counted, _calls()
+    if known is None or calls < known.calls:
+        known = _counted = _count()
+    if known.alone is None or calls != known.calls:
+        return False
+    return _within(_holds(grad), known.alone[grad._is_view()])
+
+
+def _calls() -> int:
+    return _references(object())
+
+
+def _references(marker: object) -> int:
+    return sys.getrefcount(marker)
 
 
 def _holds(grad: Tensor) -> Holds:
@@ -62,22 +90,32 @@ def _note(seen: list[Holds], grad: Tensor) -> None:
     seen.append(_holds(grad))
 
 
-@lru_cache(maxsize=1)
-def _alone() -> tuple[Holds, Holds] | None:
-    """The holds on a gradient that nobody else has, and on one that is a view of what nobody else has.
+def _count() -> Counted:
+    found: list[Counted] = []
 
-    None where one that is shared can't be told from these.
-    """
+    def count() -> None:
+        before = _calls()
+        alone = _alone()
+        # Somebody may have begun to compile meanwhile, and every count be of another kind.
+        found.append(Counted(alone if _calls() == before else None, before))
+
+    # No transform, mode or hook that the caller is in holds for a new thread.
+    thread = threading.Thread(target=count, name="morphc-ownership")
+    thread.start()
+    thread.join()
+    return found[0] if found else Counted(None, _calls())
+
+
+def _alone() -> tuple[Holds, Holds] | None:
     if not hasattr(Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
         return None
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-        fresh: list[Holds] = []
-        viewed: list[Holds] = []
-        for _ in range(2):
-            (_probed(fresh) * 2.0).sum().backward()  # type: ignore[no-untyped-call]
-            (_probed(viewed).view(3, 1) * 2.0).sum().backward()  # type: ignore[no-untyped-call]
-        shared = [_of_a_sum(), _of_a_hook(), _of_a_caller(), _of_a_capture()]
-        views = [_of_a_view(), _of_a_viewed_sum(), _of_a_viewed_hook()]
+    fresh: list[Holds] = []
+    viewed: list[Holds] = []
+    for _ in range(2):
+        (_probed(fresh) * 2.0).sum().backward()  # type: ignore[no-untyped-call]
+        (_probed(viewed).view(3, 1) * 2.0).sum().backward()  # type: ignore[no-untyped-call]
+    shared = [_of_a_sum(), _of_a_hook(), _of_a_caller(), _of_a_capture()]
+    views = [_of_a_view(), _of_a_viewed_sum(), _of_a_viewed_hook()]
     clear = fresh[0] == fresh[1] and viewed[0] == viewed[1]
     if (
         not clear
@@ -86,10 +124,6 @@ def _alone() -> tuple[Holds, Holds] | None:
     ):
         return None
     return fresh[0], viewed[0]
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _probed(seen: list[Holds], leaf: Tensor | None = None) -> Tensor:

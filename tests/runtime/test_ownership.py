@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from morphc.runtime import ownership
+
+
+@pytest.fixture(autouse=True)
+def no_frames_of_dynamo() -> Iterator[None]:
+    """An error while Dynamo traces a transform leaves it looking at frames, and another test may have had one."""
+    before = set_eval_frame(None)
+    yield
+    set_eval_frame(before)
 
 
 class Scribble(torch.autograd.Function):
@@ -149,11 +162,47 @@ def test_an_expanded_gradient_is_not_written():
 
 def test_a_torch_that_does_not_tell_never_owns(monkeypatch):
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
-    ownership._alone.cache_clear()
-    try:
-        told: list[bool] = []
-        (scribbled(told) * 2.0).sum().backward()
-        assert told == [False]
-    finally:
-        monkeypatch.undo()
-        ownership._alone.cache_clear()
+    monkeypatch.setattr(ownership, "_counted", None)
+    told: list[bool] = []
+    (scribbled(told) * 2.0).sum().backward()
+    assert told == [False]
+
+
+def test_what_the_first_caller_is_in_does_not_count(monkeypatch):
+    """Modes, hooks and inference: all counts are those of a plain backward."""
+    expected = ownership._count()
+    assert expected.alone is not None
+    for within in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autograd.graph.save_on_cpu(),
+        FakeTensorMode(),
+        FlopCounterMode(display=False),
+        torch.device("meta"),
+    ):
+        with within:
+            assert ownership._count() == expected
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_while_dynamo_looks_at_frames_no_gradient_is_its_own(monkeypatch, first):
+    """Its frames hold what they are called with once more, and calls as well; whether it is counted then or not."""
+    monkeypatch.setattr(ownership, "_counted", None)
+    told: list[bool] = []
+    leaf = torch.ones(3, requires_grad=True)
+    if not first:
+        (scribbled(told, leaf) * 2.0).sum().backward()
+
+    @torch.compile(backend="eager")
+    def broken(leaf: torch.Tensor) -> None:
+        torch._dynamo.graph_break()
+        given = torch.full((3,), 2.0)
+        scribbled(told, leaf).backward(given)
+        assert torch.equal(given, torch.full((3,), 2.0))
+
+    broken(leaf)
+    (scribbled(told, leaf) * 2.0).sum().backward()
+    given = torch.full((3,), 2.0)
+    scribbled(told, leaf).backward(given)
+    assert told == [True] * (not first) + [False, True, False]
+    assert torch.equal(given, torch.full((3,), 2.0))
