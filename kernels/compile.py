@@ -60,8 +60,8 @@ class Resources:
     """What one compiled kernel takes. registers, spills (32-bit values): per thread; shared, size: bytes.
 
     digest: equal for equal code that starts alike. seconds: of a processor, that it took to compile. overlaid: a
-    product that can read what isn't its own, see `compile_worker.overlaid`. exchanged: a mask that can let through
-    what isn't its own, see `compile_worker.exchanged`.
+    product that can read what isn't its own, see `compile_worker.overlaid`. exchanged: masks can let through what
+    isn't their own, see `compile_worker.exchanged`.
     """
 
     registers: int
@@ -72,7 +72,7 @@ class Resources:
     digest: str = ""
     seconds: float = 0.0
     overlaid: str = ""
-    exchanged: str = ""
+    exchanged: bool = False
 
     @property
     def excess(self) -> bool:
@@ -88,7 +88,7 @@ class Resources:
         if self.overlaid:
             return f"a product of {self.overlaid}, which Triton makes read memory that isn't its own"
         if self.exchanged:
-            return f"a mask of {self.exchanged} in two layouts, whose bits Triton exchanges"
+            return "masks that this version of Triton makes let through what isn't their own"
         return f"spills {self.spills} values a thread" if self.spills else ""
 
 

@@ -53,6 +53,8 @@ def measure(kernel: Any, log: str = "") -> dict[str, Any]:
 
     log: what ptxas said of it, if it was just run.
     """
+    import triton
+
     cuda = kernel.metadata.target.backend == "cuda"
     registers, spills = _cuda(kernel, log) if cuda else _hip(kernel.asm["amdgcn"])
     return {
@@ -62,7 +64,7 @@ def measure(kernel: Any, log: str = "") -> dict[str, Any]:
         "size": len(kernel.kernel),
         "digest": digest_of(kernel),
         "overlaid": overlaid(kernel.asm.get("ttgir", "")),
-        "exchanged": exchanged(kernel.asm.get("ttgir", "")),
+        "exchanged": exchanged(kernel.asm.get("ptx", ""), triton.__version__),
     }
 
 
@@ -85,14 +87,18 @@ def overlaid(ttgir: str) -> str:
     return ""
 
 
-def exchanged(ttgir: str) -> str:
-    """A mask that is moved from layout to layout, as `16x8`; an empty string where there is none.
+def exchanged(ptx: str, version: str) -> bool:
+    """Whether bytes, as which masks are moved from layout to layout within a warp, are taken in another order.
 
-    Within a warp Triton 3.6 packs the mask's bits into bytes and takes these in another order: what the mask lets
-    through is then somebody else's, on every NVIDIA GPU and without a word.
+    Triton before 3.8 puts them in order before the shuffle, and once more, by the selectors of `prmt`, after it: what a
+    mask lets through is then somebody else's. Halves of a register, as which 16-bit numbers move, come out right.
     """
-    found = re.search(r"ttg\.convert_layout .*?: tensor<([\dx]+)xi1, ", ttgir)
-    return found[1] if found else ""
+    if tuple(map(int, version.split(".")[:2])) >= (3, 8):
+        return False
+    by_lane = set(re.findall(r"prmt\.b32 [^;]*, (%r\d+);", ptx))
+    chosen = re.findall(r"selp\.b32\s+(%r\d+), (\d+), (\d+), %p\d+;", ptx)
+    halves = {0x5410, 0x7632, 0x1054, 0x3276}
+    return any(name in by_lane and not halves >= {int(one), int(other)} for name, one, other in chosen)
 
 
 def digest_of(kernel: Any) -> str:

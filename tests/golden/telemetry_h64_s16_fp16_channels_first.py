@@ -488,8 +488,8 @@ def _sample(
     if ADD:
         # Atomics, though no other program adds to these cells: nothing waits for them. Floats that are not negative
         # are in the order of their bits.
-        # A mask that hangs on what was found would change its layout with it, which Triton 3.6 gets wrong: where one warp
-        # has 16 chunks, it exchanges the masks of the fields.
+        # A mask that hangs on what was found would change its layout with it, which Triton before 3.8 gets wrong: where
+        # one warp has 16 chunks, it exchanges the masks of the fields.
         added = known & ((field < 4) | (field == 5))
         kept = found.to(part_ptr.dtype.element_ty)
         bits: tl.constexpr = tl.int32 if part_ptr.dtype.element_ty == tl.float32 else tl.int64

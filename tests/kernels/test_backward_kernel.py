@@ -161,6 +161,18 @@ def test_rows_are_cut_into_no_more_parts_than_asked_for(splits: int) -> None:
     check(made, tuned(programs=4, splits=splits))
 
 
+@pytest.mark.parametrize("blueprint", ["bottleneck", "affine"])
+def test_many_parts_of_few_groups_are_added_up_in_deeper_blocks(blueprint: str) -> None:
+    made = case(6, 1, 1, 2, rows=16 * 131 - 5, blueprint=blueprint, states=(L.FINE_TUNING,))
+    backward = Backward(made.spec, tuned(programs=140, splits=131), made.y.device, "ieee")
+    check(made, tuned(programs=140, splits=131))
+    dx = made.dy.clone()
+    flat = torch.zeros(made.spec.slots * gradient_size(made.spec))
+    walked = view(dx, -1)
+    backward(made.dy, walked, dx, walked, made.active, list(made.params.values()), made.stash(), flat)
+    assert [key[-1] for key in backward.reducers] == [True]
+
+
 def test_the_copy_of_the_gradient_can_be_made_on_the_way() -> None:
     made = case(64, 8, 6, 3, rows=37)
     assert gradient.copies(made.spec)
