@@ -359,9 +359,9 @@ class Meter:
         elif run.width > UNROLLED:
             yield np.maximum.reduce, (largest, 1, None, out)
         else:
-            yield np.maximum, (largest[:, 0], largest[:, 1], out)
+            yield _maximum, (largest[:, 0], largest[:, 1], out)
             for column in range(2, run.width):
-                yield np.maximum, (out, largest[:, column], out)
+                yield _maximum, (out, largest[:, column], out)
 
     def _fold_wide(self, run: Run) -> Iterator[Call]:
         for part in run.parts():
@@ -414,6 +414,11 @@ class Meter:
         if len(chosen):
             self.columns[1][chosen] = self.dead.of(x[:, chosen]).sum(0)
             self.any_dead = True
+
+
+def _maximum(one: Array, other: Array, out: Array) -> None:
+    """By position numpy deprecates this output, and only this one."""
+    np.maximum(one, other, out=out)
 
 
 def _row_product(part: Run, out: Array, features: int) -> RowProduct:

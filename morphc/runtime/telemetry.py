@@ -190,7 +190,7 @@ class Gauge:
         meter = meter_of(rows, features, place.seeds, values.dtype, self.dead)
         if meter.measure(values, self.center):
             np.add(self.moments, meter.moments, self.moments)
-            np.maximum(self.peak, meter.peak, self.peak)
+            np.maximum(self.peak, meter.peak, out=self.peak)
             np.add(self.rows, len(values), self.rows)
         else:
             _add_any(torch.from_numpy(values), *self.state, self.kind)
