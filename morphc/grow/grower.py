@@ -160,6 +160,8 @@ class Grower:
         self.ranks.follow(self.store)
         judged = evaluate is not None or not getattr(self.controller, "germinates", True)
         warn_of_setup(model, optimizer, judged)
+        self.store.growers += 1
+        self._number = self.store.growers
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         raise TypeError(
@@ -180,6 +182,11 @@ class Grower:
         closure: computes the loss of this step's batch anew. It is called only where a graft begins, in eval mode and
         without gradients, to find the size of what is grafted (see `morphc.grow.linesearch`).
         """
+        if self._number != self.store.growers:
+            raise ConfigError(
+                "another Grower was made of this model after this one, and both would step its slots; call step of the "
+                "newer one alone"
+            )
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
             value = loss.detach()
         else:

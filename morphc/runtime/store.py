@@ -106,6 +106,8 @@ class SeedStore:
         self.ticker: Ticker | None = None
         # What a refit at a graft goes by: the host's loss, and the part of it that one seed is to take.
         self.loss: float | None = None
+        # How many Growers were made of the model: the last one is in charge.
+        self.growers = 0
         # Whether other ranks train the same slots: then every gradient passes through the banks' buffers.
         self.shared = False
         self.graft_share = 1.0

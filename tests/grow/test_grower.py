@@ -511,3 +511,18 @@ def test_a_grower_is_not_copied_but_says_what_is(copied):
     grower = morphc.Grower(model, torch.optim.SGD(model.parameters(), 0.1), evaluate=lambda _: 0.0)
     with pytest.raises(TypeError, match=r"snapshot\(\) or state_dict\(\)"):
         copied(grower)
+
+
+def test_the_last_grower_of_a_model_is_in_charge():
+    """A cell of a notebook that is run again makes another."""
+    _, model = grown(seeds_per_layer=1)
+    first, _ = train(model, Never(), 2, tick_every=2)
+    second, _ = train(model, Never(), 2, tick_every=2)
+    before = first.steps
+    with pytest.raises(ConfigError, match="another Grower was made of this model"):
+        first.step(0.0)
+    assert first.steps == before
+    second.step(0.0)
+    of_a_copy, _ = train(copy.deepcopy(model), Never(), 2, tick_every=2)
+    of_a_copy.step(0.0)
+    second.step(0.0)
