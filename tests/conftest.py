@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -25,3 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if not on_gpu and os.environ.get("MORPHC_TEST_DEVICE", "cpu") == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.language")
+
+
+def pytest_collection_finish() -> None:
+    # Of the time of a whole run a seventh goes into looking through torch and transformers for garbage.
+    gc.set_threshold(20_000, 20, 20)
+    gc.collect()
+    gc.freeze()
