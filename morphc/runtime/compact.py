@@ -15,6 +15,7 @@ from torch import Tensor
 from morphc.kernels.reference.blends import blend
 from morphc.lifecycle import BLENDS, TRAINS
 from morphc.runtime.active import arrange, jit_traced, slots_learn
+from morphc.runtime.lasting import lasting
 
 if TYPE_CHECKING:
     from morphc.runtime.bank import SlotBank
@@ -106,7 +107,7 @@ def groups_of(site: SeedSite, name: str, bank: SlotBank) -> Groups:
     """What the bank's slots do now. Only `in_host_memory`."""
     groups = site.engine.groups.get(name)
     if groups is None or not groups.holds(site, bank):
-        groups = site.engine.groups[name] = Groups(site, bank)
+        groups = site.engine.groups[name] = lasting(lambda: Groups(site, bank), bank.owner.device)
     return groups
 
 

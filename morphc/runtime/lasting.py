@@ -1,8 +1,9 @@
-"""Memory that outlives a CUDA graph.
+"""Memory that outlives a CUDA graph, or a block of inference.
 
-While torch warms a CUDA graph up or captures it, what the thread allocates comes from the graph's own pool, and torch
-refuses what is still held there afterwards. What a site keeps between calls is therefore allocated by another thread,
-to which the pool does not belong.
+What is made in `torch.inference_mode` is of no use to a later backward. And while torch warms a CUDA graph up or
+captures it, what the thread allocates comes from the graph's own pool, and torch refuses what is still held there
+afterwards. What a site keeps between calls is therefore made outside of inference, and allocated by another thread, to
+which the pool does not belong.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def in_graph() -> Iterator[None]:
 
 
 def lasting(make: Callable[[], T], device: torch.device) -> T:
-    """What `make` returns, in memory that belongs to no graph."""
+    """What `make` returns, in memory that belongs to no graph, and of use to a later backward."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return lasting(make, device)
     if device.type != "cuda" or not getattr(_depth, "inside", False):
         return make()
 

@@ -22,24 +22,23 @@ if TYPE_CHECKING:
 class Held:
     """A bank as a step on kernels takes it."""
 
-    __slots__ = ("_backend", "_flat", "_own", "_tensors", "addresses", "bank", "kernels", "tensors")
+    __slots__ = ("_backend", "_flat", "_own", "_tensors", "active", "addresses", "bank", "kernels", "tensors")
 
     def __init__(
         self, site: SeedSite, bank: SlotBank, kernels: BankKernels | TapBankKernels, active: Tensor
     ) -> None:
-        self.bank, self.kernels = bank, kernels
+        self.bank, self.kernels, self.active = bank, kernels, active
         self.tensors = training.bank_of(bank, bank.names)
         self.addresses = training.addresses(active, self.tensors)
         self._backend, self._flat = site.backend, bank.flat
         self._own = (*bank._parameters.values(), *bank.opt._buffers.values())
         # So that nobody else gets the memory, even if theirs becomes another.
-        self._tensors = [active, *[own.detach() for own in self._own if own is not None]]
+        self._tensors = [own.detach() for own in self._own if own is not None]
 
-    def holds(self, site: SeedSite, bank: SlotBank, active: Tensor) -> bool:
-        """Whether the site still has all of it."""
+    def holds(self, site: SeedSite, bank: SlotBank) -> bool:
+        """Whether the site still has all of it but, perhaps, the list of active seeds."""
         return (
             bank.flat is self._flat
-            and active is self._tensors[0]
             and all(map(is_, (*bank._parameters.values(), *bank.opt._buffers.values()), self._own))
             and site.backend == self._backend
         )
@@ -58,17 +57,15 @@ class Steps:
     def add(self, site: SeedSite, name: str, bank: SlotBank) -> bool:
         """Step the slots of a bank that train, by the end of `run`; False where torch has to do it."""
         held = site.engine.held.get(name)
+        if held is not None and not held.holds(site, bank):
+            held = None
         kernels = held.kernels if held is not None else self._kernels(site, name, bank)
         if kernels is None or (self.scale is not None and not site.isolated_states):
             return (
                 False  # the list doesn't tell the seeds whose gradients come from a loss that wasn't scaled
             )
         active = site.engine.listed(site, name, bank, kernels, kernels.device)
-        if held is None or not held.holds(site, bank, active):
-            kernels = self._kernels(site, name, bank)
-            if kernels is None:
-                return False
-            active = site.engine.listed(site, name, bank, kernels, kernels.device)
+        if held is None or held.active is not active:
             held = site.engine.held[name] = Held(site, bank, kernels, active)
         if isinstance(kernels, BankKernels):
             flat = _flat(bank)

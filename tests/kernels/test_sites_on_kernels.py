@@ -335,3 +335,38 @@ def test_a_copy_with_other_strides_is_walked_as_it_lies(graded: bool) -> None:
         with torch.set_grad_enabled(graded):
             found.append(model(example()).detach())
     assert distance(*found) < 1e-5
+
+
+def test_a_step_after_more_slots_were_made_is_that_of_torch() -> None:
+    """The step before has left a list of active seeds, addresses and kernels for fewer slots behind."""
+    found = []
+    for chosen in ("torch", "triton"):
+        model = compiled(chosen)
+        for slots in (4, 5):
+            morphc.enlarge(model, slots=slots)
+            everything(model, example())
+            morphc.seeds(model).step_optimizer(lr=1e-2)
+        found.append(model)
+    for path, site in morphc.seeds(found[0]).sites.items():
+        other = morphc.seeds(found[1]).sites[path]
+        for kind, bank in site.slots.items():
+            for name in bank.names:
+                expected, stepped = (one.slots[kind].get_parameter(name) for one in (site, other))
+                assert expected.shape[0] == 5
+                assert distance(stepped, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("blueprint", ["bottleneck", ("affine", "bottleneck"), "lowrank"], ids=str)
+@pytest.mark.parametrize("chosen", ["torch", "triton"])
+def test_what_is_kept_from_inference_serves_training(chosen: str, blueprint: object) -> None:
+    expected = everything(compiled(chosen, blueprint=blueprint), example())
+    model = compiled(chosen, blueprint=blueprint)
+    with torch.inference_mode():
+        model.eval()(example())
+    found = everything(model.train(), example())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    morphc.seeds(model).step_optimizer(lr=1e-2)
+    with torch.inference_mode():
+        model(example())
+        morphc.seeds(model).tick()
+    everything(model, example())
