@@ -39,7 +39,7 @@ LISTED = 12
 
 
 def measure(contest: Contest, variant: Variant, steps: int) -> dict[str, Any]:
-    """Milliseconds of a step, of issuing it and of its kernels."""
+    """Milliseconds of a step and of issuing it."""
     for _ in range(STEPS if contest.device.type == "cuda" else 1):
         contest.step(variant)
     wait = torch.cuda.synchronize if contest.device.type == "cuda" else lambda: None
@@ -55,13 +55,10 @@ def measure(contest: Contest, variant: Variant, steps: int) -> dict[str, Any]:
             phases[phase].append((ended - begun) * 1e3)
     variant.seconds.clear()
     contest.turn(variant, steps)
-    found: dict[str, Any] = {
+    return {
         "ms": variant.seconds[-1] * 1e3,
         **{phase: sorted(spent)[steps // 2] for phase, spent in phases.items()},
     }
-    if contest.device.type == "cuda":
-        found |= kernels(contest, variant, steps)
-    return found
 
 
 def kernels(contest: Contest, variant: Variant, steps: int) -> dict[str, Any]:
@@ -107,7 +104,8 @@ def main() -> None:
         parser.error(f"there is no variant {unknown[0]!r}: {', '.join(MADE)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"machine": machine(device), "tiny": options.tiny, "rows": {}}
-    report = []
+    steps = 2 if options.tiny else STEPS
+    measured = []
     for host in options.hosts.split(","):
         contest = Contest(host, "eager", options.tiny, device)
         rows = results["rows"][host] = {}
@@ -116,12 +114,20 @@ def main() -> None:
             made = (
                 contest.host if name == "plain" else with_seeds(contest.host, contest.x, *MADE[name], "auto")
             )
-            rows[name] = measure(
-                contest, Variant(name, made, contest.host, False), 2 if options.tiny else STEPS
-            )
-            report.append(told(f"{host}, {name}", rows[name], rows["plain"]))
+            variant = Variant(name, made, contest.host, False)
+            rows[name] = measure(contest, variant, steps)
+            measured.append((host, name, contest, variant))
             if options.out is not None:
                 write_json(options.out, results)
+    report = []
+    for host, name, contest, variant in measured:
+        rows = results["rows"][host]
+        # Not before all is timed: the profiler stays where it has been, and every launch may take longer from then on.
+        if device.type == "cuda":
+            rows[name] |= kernels(contest, variant, steps)
+        report.append(told(f"{host}, {name}", rows[name], rows["plain"]))
+    if options.out is not None:
+        write_json(options.out, results)
     print("\n".join(report))
 
 
