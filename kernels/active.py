@@ -15,6 +15,9 @@ MATH, one of its constexprs, says what is rounded to what:
     mixed  the first dot in the activation's type, then float16                      (16 bits)
     half   float16 throughout, sums too, but the second dot's                        (16 bits, 16 columns at most)
 
+With `config.lanes` there are no dots: so many threads share a chunk's row, and the sums of the second product are
+float32 of every eight hidden units. Nothing is shared between chunks then.
+
 float16 keeps three bits more than bfloat16 and its GELU costs half of float32's. It ends at 65504 (hidden values at
 131008): what lies beyond makes its block's result Inf or NaN, and such a block is done again in float32, each chunk
 by itself. That is also how a value that isn't finite is kept out of the chunks that share a dot with its own.
@@ -45,6 +48,9 @@ from morphc.kernels.triton_api import Launch
 WIDEST: Final = 256
 DEEPEST: Final = 128
 """Largest chunk and rank that have kernels."""
+
+NARROW: Final = 8
+"""Features of a chunk up to which its kernels can do without matrix products."""
 
 BUILT_IN: Final = ("affine", "bottleneck")
 """Blueprints whose macros morphc brings itself."""
@@ -102,16 +108,21 @@ def source(spec: KernelSpec) -> Source:
     """The forward's file. Raises UnsupportedKernelError for a spec that `refuses` names a reason for."""
     if reason := refuses(spec):
         raise UnsupportedKernelError(f"{spec.name}: {reason}")
-    return codegen.render("forward.py.jinja", spec, params=params_of(spec))
+    return codegen.render("forward.py.jinja", spec, params=params_of(spec), lanes=has_lanes(spec))
 
 
-def math_of(spec: KernelSpec, group: int, target: str) -> Math:
+def has_lanes(spec: KernelSpec) -> bool:
+    """Whether there are kernels for it without matrix products."""
+    return spec.blueprint == "bottleneck" and spec.chunk <= NARROW
+
+
+def math_of(spec: KernelSpec, config: TuneConfig, target: str) -> Math:
     """The MATH for a target: `cuda:90`, `hip:gfx942`, or `cpu` for the interpreter."""
     if spec.dtype == "float32" or target == "cpu":
         return "exact"
     if not target.startswith("cuda"):
-        return "plain"
-    return "half" if group * next_pow2(spec.chunk) <= 16 else "mixed"
+        return "exact" if config.lanes else "plain"
+    return "half" if config.lanes or config.group * next_pow2(spec.chunk) <= 16 else "mixed"
 
 
 def forward_job(
@@ -141,11 +152,15 @@ def forward_job(
         "GROUP": config.group,
         "STAGES": config.num_stages,
         "STASH": int(stash),
-        "MATH": math_of(spec, config.group, target),
+        "MATH": math_of(spec, config, target),
         "PRECISION": _dot_precision(spec, precision, target),
         "EVEN": int(even),
         "EARLY": int(early),
     }
+    entry = "forward_once" if once else "forward"
+    if config.lanes:
+        entry = "forward_by_lane"
+        constants |= {"LANES": config.lanes, "ONCE": int(once)}
     inner = ["inner"] if spec.layout == "channels_first" else []
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if target.startswith("cuda"):
@@ -153,7 +168,7 @@ def forward_job(
         options["maxnreg"] = config.maxnreg or (255 if spec.dtype == "float32" else 168)
     return Job(
         source(spec),
-        "forward_once" if once else "forward",
+        entry,
         pointers | numbers,
         constants,
         [*pointers, "stride", *inner] if aligned else [],

@@ -102,7 +102,8 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share a tile (P). programs: grid of a persistent kernel, in programs per multiprocessor. splits: row splits
     of a grid that isn't persistent; 0 leaves them to the host module. maxnreg: cap on registers a thread. units:
     hidden units of a chunk that are walked at a time, pieces: into which the columns of a chunk are cut, of kernels
-    that can; 0 leaves them to the host module.
+    that can; 0 leaves them to the host module. lanes: threads that share a row of a small chunk, in kernels that can
+    do without matrix products; 0: with them.
     """
 
     block_rows: int
@@ -115,6 +116,7 @@ class TuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maxnreg: int | None = None
     units: int = 0
     pieces: int = 0
+    lanes: int = 0
 
 
 NO_BLOCK: Final = "no block is known whose last layer it is (every layer of a block has to be watched)"
