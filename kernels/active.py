@@ -116,6 +116,11 @@ def has_lanes(spec: KernelSpec) -> bool:
     return spec.blueprint == "bottleneck" and spec.chunk <= NARROW
 
 
+def side_of(config: TuneConfig) -> int:
+    """Rows that lie side by side in a program without matrix products: each thread has one chunk's."""
+    return 32 * config.num_warps // (config.group * config.lanes) if config.lanes else 0
+
+
 def math_of(spec: KernelSpec, config: TuneConfig, target: str) -> Math:
     """The MATH for a target: `cuda:90`, `hip:gfx942`, or `cpu` for the interpreter."""
     if spec.dtype == "float32" or target == "cpu":
@@ -160,7 +165,7 @@ def forward_job(
     entry = "forward_once" if once else "forward"
     if config.lanes:
         entry = "forward_by_lane"
-        constants |= {"LANES": config.lanes, "ONCE": int(once)}
+        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "ONCE": int(once)}
     inner = ["inner"] if spec.layout == "channels_first" else []
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if target.startswith("cuda"):

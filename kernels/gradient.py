@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, ladder, launch, tuning
-from morphc.kernels.active import DEEPEST, WIDEST, Precision, target_of
+from morphc.kernels import active, codegen, ladder, launch, tuning
+from morphc.kernels.active import DEEPEST, WIDEST, Precision, side_of, target_of
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
@@ -79,6 +79,12 @@ class Tile(NamedTuple):
     pieces: int
     units_first: bool
     dense: bool
+    lanes: int = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is overwritten may have to be walked over again."""
+        return self.group > 1 and not self.lanes
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -171,8 +177,14 @@ def source(spec: KernelSpec, interpreted: bool) -> Source:
         per_slot=row_size(spec),
         dense_columns=16 // _ITEM[spec.dtype] if _may_be_dense(spec) else 0,
         copies=copies(spec),
+        lanes=has_lanes(spec),
         interpreted=interpreted,
     )
+
+
+def has_lanes(spec: KernelSpec) -> bool:
+    """Whether there is a walk without matrix products."""
+    return active.has_lanes(spec) and spec.blend in ("residual", "lerp")
 
 
 def copies(spec: KernelSpec) -> bool:
@@ -194,6 +206,9 @@ def tile_of(spec: KernelSpec, config: TuneConfig) -> Tile:
     if spec.blueprint != "bottleneck":
         return Tile(config.block_rows, config.group * pad, 1, config.group, config.pieces or 1, False, False)
     group = config.group
+    if config.lanes:
+        units = max(2, deep // config.lanes)
+        return Tile(config.block_rows, group * config.lanes, units, group, 1, False, False, config.lanes)
     columns = max(16, group * pad)
     units = max(deep, cdiv(16, group))
     if group == 1:
@@ -300,7 +315,8 @@ def backward_job(
     pointers |= {f"{param.name}_ptr": "*fp32" for param in params_of(spec)} | {"partial_ptr": "*fp32"}
     numbers = ("rows", "dy_stride", "dx_stride", "inner", "least")
     wide = max(spec.chunk, 512)
-    constants = tile.constants | {
+    lanes = {"LANES": tile.lanes, "SIDE": side_of(config)} if has_lanes(spec) else {}
+    constants = tile.constants | lanes | {
         "DENSE": int(tile.dense),
         "EVEN": int(variant.even),
         "STRIDE": variant.stride,
@@ -477,7 +493,7 @@ class Backward:
             dx, dx_view, copied = dy, dy_view, True
         elif copied:
             # It reads dx alone, and keeps there what it may have to walk over again.
-            read = torch.empty(stash.shape, dtype=dy.dtype, device=self.device) if self.tile.group > 1 else dx
+            read = torch.empty(stash.shape, dtype=dy.dtype, device=self.device) if self.tile.keeps else dx
             dy_view = dx_view
         partial = torch.empty(plan.partial, dtype=torch.float32, device=self.device)
         front = (read, dx, stash, active)
@@ -511,7 +527,7 @@ class Backward:
     def bound(self, view: View, params: launch.Resident) -> Bound:
         """The same for activations that are all walked as `view`, in place, of the bank that has `params`."""
         plan = self.plans.get((view, False)) or self._plan(view, False)
-        config, on_gpu, grid, group = self.config, self.device.type == "cuda", self.grid, self.tile.group
+        config, on_gpu, grid, keeps = self.config, self.device.type == "cuda", self.grid, self.tile.keeps
         stride = common_power(view.stride, view.inner if self.spec.layout == "channels_first" else 0)
         programs = (plan.programs, 1, 1)
         numbers = view.rows, view.stride, view.stride, view.inner, plan.least
@@ -526,7 +542,7 @@ class Backward:
             if self.config is not config:  # it has spilled, and what follows from it holds no longer
                 self(dy, view, dy, view, active, params, stash, gradient)
                 return
-            read = torch.empty_like(stash) if group > 1 else dy
+            read = torch.empty_like(stash) if keeps else dy
             partial = room.new_empty(plan.partial)
             front = (read.data_ptr(), dy.data_ptr(), stash.data_ptr(), active.data_ptr())
             sums = partial.data_ptr()
