@@ -165,7 +165,7 @@ def forward_job(
     entry = "forward_once" if once else "forward"
     if config.lanes:
         entry = "forward_by_lane"
-        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "ONCE": int(once)}
+        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "WHOLE": config.units, "ONCE": int(once)}
     inner = ["inner"] if spec.layout == "channels_first" else []
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if target.startswith("cuda"):
