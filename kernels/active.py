@@ -15,8 +15,8 @@ MATH, one of its constexprs, says what is rounded to what:
     mixed  the first dot in the activation's type, then float16                      (16 bits)
     half   float16 throughout, sums too, but the second dot's                        (16 bits, 16 columns at most)
 
-With `config.lanes` there are no dots: so many threads share a chunk's row, and the sums of the second product are
-float32 of every eight hidden units. Nothing is shared between chunks then.
+With `config.lanes` there are no dots: so many threads share a chunk's row, all is float32, and nothing is shared between
+chunks. GELU then is exact for float32, and by the special function for tanh where activations have 16 bits.
 
 float16 keeps three bits more than bfloat16 and its GELU costs half of float32's. It ends at 65504 (hidden values at
 131008): what lies beyond makes its block's result Inf or NaN, and such a block is done again in float32, each chunk
@@ -121,13 +121,13 @@ def side_of(config: TuneConfig) -> int:
     return 32 * config.num_warps // (config.group * config.lanes) if config.lanes else 0
 
 
-def math_of(spec: KernelSpec, config: TuneConfig, target: str) -> Math:
+def math_of(spec: KernelSpec, group: int, target: str) -> Math:
     """The MATH for a target: `cuda:90`, `hip:gfx942`, or `cpu` for the interpreter."""
     if spec.dtype == "float32" or target == "cpu":
         return "exact"
     if not target.startswith("cuda"):
-        return "exact" if config.lanes else "plain"
-    return "half" if config.lanes or config.group * next_pow2(spec.chunk) <= 16 else "mixed"
+        return "plain"
+    return "half" if group * next_pow2(spec.chunk) <= 16 else "mixed"
 
 
 def forward_job(
@@ -157,7 +157,7 @@ def forward_job(
         "GROUP": config.group,
         "STAGES": config.num_stages,
         "STASH": int(stash),
-        "MATH": math_of(spec, config, target),
+        "MATH": math_of(spec, config.group, target),
         "PRECISION": _dot_precision(spec, precision, target),
         "EVEN": int(even),
         "EARLY": int(early),
@@ -165,7 +165,8 @@ def forward_job(
     entry = "forward_once" if once else "forward"
     if config.lanes:
         entry = "forward_by_lane"
-        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "WHOLE": config.units, "ONCE": int(once)}
+        fast = target.startswith("cuda") and spec.dtype != "float32"
+        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "FAST": int(fast), "ONCE": int(once)}
     inner = ["inner"] if spec.layout == "channels_first" else []
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if target.startswith("cuda"):

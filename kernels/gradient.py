@@ -207,7 +207,7 @@ def tile_of(spec: KernelSpec, config: TuneConfig) -> Tile:
         return Tile(config.block_rows, config.group * pad, 1, config.group, config.pieces or 1, False, False)
     group = config.group
     if config.lanes:
-        units = max(2, deep // config.lanes)
+        units = max(1, deep // config.lanes)
         return Tile(config.block_rows, group * config.lanes, units, group, 1, False, False, config.lanes)
     columns = max(16, group * pad)
     units = max(deep, cdiv(16, group))
