@@ -15,8 +15,8 @@ MATH, one of its constexprs, says what is rounded to what:
     mixed  the first dot in the activation's type, then float16                      (16 bits)
     half   float16 throughout, sums too, but the second dot's                        (16 bits, 16 columns at most)
 
-With `config.lanes` there are no dots: so many threads share a chunk's row, all is float32, and nothing is shared between
-chunks. GELU then is exact for float32, and by the special function for tanh where activations have 16 bits.
+With `config.lanes` there are no dots: so many threads share a chunk's row, all is float32, and nothing is shared
+between chunks. GELU then is exact for float32, and by the special function for tanh where activations have 16 bits.
 
 float16 keeps three bits more than bfloat16 and its GELU costs half of float32's. It ends at 65504 (hidden values at
 131008): what lies beyond makes its block's result Inf or NaN, and such a block is done again in float32, each chunk
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import codegen, ladder, launch
+from morphc.kernels import codegen, ladder, lanes, launch
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
@@ -48,9 +48,6 @@ from morphc.kernels.triton_api import Launch
 WIDEST: Final = 256
 DEEPEST: Final = 128
 """Largest chunk and rank that have kernels."""
-
-NARROW: Final = 8
-"""Features of a chunk up to which its kernels can do without matrix products."""
 
 BUILT_IN: Final = ("affine", "bottleneck")
 """Blueprints whose macros morphc brings itself."""
@@ -108,17 +105,7 @@ def source(spec: KernelSpec) -> Source:
     """The forward's file. Raises UnsupportedKernelError for a spec that `refuses` names a reason for."""
     if reason := refuses(spec):
         raise UnsupportedKernelError(f"{spec.name}: {reason}")
-    return codegen.render("forward.py.jinja", spec, params=params_of(spec), lanes=has_lanes(spec))
-
-
-def has_lanes(spec: KernelSpec) -> bool:
-    """Whether there are kernels for it without matrix products."""
-    return spec.blueprint == "bottleneck" and spec.chunk <= NARROW
-
-
-def side_of(config: TuneConfig) -> int:
-    """Rows that lie side by side in a program without matrix products: each thread has one chunk's."""
-    return 32 * config.num_warps // (config.group * config.lanes) if config.lanes else 0
+    return codegen.render("forward.py.jinja", spec, params=params_of(spec), lanes=lanes.has(spec))
 
 
 def math_of(spec: KernelSpec, group: int, target: str) -> Math:
@@ -166,7 +153,7 @@ def forward_job(
     if config.lanes:
         entry = "forward_by_lane"
         fast = target.startswith("cuda") and spec.dtype != "float32"
-        constants |= {"SIDE": side_of(config), "LANES": config.lanes, "FAST": int(fast), "ONCE": int(once)}
+        constants |= {"SIDE": lanes.side(config), "LANES": config.lanes, "FAST": int(fast), "ONCE": int(once)}
     inner = ["inner"] if spec.layout == "channels_first" else []
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if target.startswith("cuda"):

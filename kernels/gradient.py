@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from morphc.errors import UnsupportedKernelError
-from morphc.kernels import active, codegen, ladder, launch, tuning
-from morphc.kernels.active import DEEPEST, WIDEST, Precision, side_of, target_of
+from morphc.kernels import codegen, ladder, lanes, launch, tuning
+from morphc.kernels.active import DEEPEST, WIDEST, Precision, target_of
 from morphc.kernels.blueprints.base import Geometry, get
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job
@@ -47,13 +47,18 @@ BLOCKS: Final = 16
 """A group is cut into so many ranges of rows, and into more where these would have more than so many blocks, unless a
 config says otherwise: there are few groups where only a few of a tall activation's chunks are listed."""
 
+LANE_PARTS: Final = 128
+LANE_BLOCKS: Final = 8
+"""The same for blocks that take no matrix products, which are lower."""
+
 MOST_PLANS: Final = 64
 """Activations of which is remembered what follows from their memory."""
 
 REDUCE_FLOATS: Final = 256
 REDUCE_DEPTH: Final = 8
-REDUCE_DEEP: Final = 32
 REDUCE_WARPS: Final = 4
+REDUCE_DEEP: Final = (16, 256, 8)
+"""Floats, depth and warps of a program that adds up many sums of few slots."""
 
 COPY_BYTES: Final = 256
 """Bytes that each thread of a program that copies has on their way."""
@@ -177,14 +182,9 @@ def source(spec: KernelSpec, interpreted: bool) -> Source:
         per_slot=row_size(spec),
         dense_columns=16 // _ITEM[spec.dtype] if _may_be_dense(spec) else 0,
         copies=copies(spec),
-        lanes=has_lanes(spec),
+        lanes=lanes.has(spec),
         interpreted=interpreted,
     )
-
-
-def has_lanes(spec: KernelSpec) -> bool:
-    """Whether there is a walk without matrix products."""
-    return active.has_lanes(spec) and spec.blend in ("residual", "lerp")
 
 
 def copies(spec: KernelSpec) -> bool:
@@ -226,6 +226,8 @@ def tile_of(spec: KernelSpec, config: TuneConfig) -> Tile:
 
 def default(spec: KernelSpec, rows: int) -> TuneConfig:
     """A config that spills on no target, where none was tuned."""
+    if (by_lane := lanes.usual(spec, rows)) is not None:
+        return by_lane
     pad = next_pow2(spec.chunk)
     if spec.blueprint != "bottleneck":
         return TuneConfig(16, max(64, pad), 4, 1, group=max(1, 64 // pad), programs=4)
@@ -286,6 +288,7 @@ class Plan(NamedTuple):
     least: int
     programs: int
     partial: int
+    grid: tuple[int, int, int]
 
 
 class Variant(NamedTuple):
@@ -315,8 +318,7 @@ def backward_job(
     pointers |= {f"{param.name}_ptr": "*fp32" for param in params_of(spec)} | {"partial_ptr": "*fp32"}
     numbers = ("rows", "dy_stride", "dx_stride", "inner", "least")
     wide = max(spec.chunk, 512)
-    lanes = {"LANES": tile.lanes, "SIDE": side_of(config)} if has_lanes(spec) else {}
-    constants = tile.constants | lanes | {
+    constants = tile.constants | {
         "DENSE": int(tile.dense),
         "EVEN": int(variant.even),
         "STRIDE": variant.stride,
@@ -328,6 +330,8 @@ def backward_job(
         "PRECISION": precision_of(spec, precision, target),
         "EARLY": int(variant.early),
     }
+    if lanes.has(spec):
+        constants |= {"LANES": tile.lanes, "SIDE": lanes.side(config)}
     return Job(
         source(spec, target == "cpu"),
         "backward",
@@ -366,7 +370,7 @@ def reduce_job(
     target: str = "cuda:90",
 ) -> Job:
     """`reduce` as `compile_all` and `launch.prepare` take it. deep: there are many sums to add up for each slot."""
-    floats, positions = reduce_block(spec)
+    floats, positions = reduce_block(spec, deep)
     tile = tile_of(spec, config)
     pointers = {"partial_ptr": "*fp32", "gradient_ptr": "*fp32", "list_ptr": "*i32"}
     constants = {
@@ -374,7 +378,7 @@ def reduce_job(
         "GROUP": tile.group,
         "WIDE": int(wide),
         "IN_PLACE": int(copied),
-        "DEPTH": REDUCE_DEEP if deep else REDUCE_DEPTH,
+        "DEPTH": REDUCE_DEEP[1] if deep else REDUCE_DEPTH,
         "POSITIONS": positions,
         "FLOATS": floats,
         "ADD": int(add),
@@ -387,18 +391,23 @@ def reduce_job(
         pointers | numbers,
         constants,
         (),
-        {"num_warps": REDUCE_WARPS},
+        {"num_warps": REDUCE_DEEP[2] if deep else REDUCE_WARPS},
         target,
     )
 
 
 def least_of(config: TuneConfig, blocks: int) -> int:
     """Blocks of a group that a program does at least."""
-    return cdiv(blocks, config.splits) if config.splits else min(cdiv(blocks, PARTS), BLOCKS)
+    if config.splits:
+        return cdiv(blocks, config.splits)
+    parts, most = (LANE_PARTS, LANE_BLOCKS) if config.lanes else (PARTS, BLOCKS)
+    return min(cdiv(blocks, parts), most)
 
 
-def reduce_block(spec: KernelSpec) -> tuple[int, int]:
+def reduce_block(spec: KernelSpec, deep: bool) -> tuple[int, int]:
     """Floats of a slot's gradient, and positions of the list, that one program of `reduce` adds up."""
+    if deep:
+        return REDUCE_DEEP[0], 1
     floats = min(REDUCE_FLOATS, next_pow2(gradient_size(spec)))
     return floats, REDUCE_FLOATS // floats
 
@@ -420,7 +429,6 @@ class Backward:
         "config",
         "copies",
         "device",
-        "grid",
         "plans",
         "precision",
         "programs",
@@ -443,8 +451,6 @@ class Backward:
         self.precision = precision
         self.behind = behind
         self.copies = copies(spec)
-        floats, positions = reduce_block(spec)
-        self.grid = (cdiv(gradient_size(spec), floats), cdiv(spec.slots, positions), 1)
         self._take(config or default(spec, 1))
         source(spec, device.type == "cpu")
 
@@ -520,14 +526,14 @@ class Backward:
         reducer = self.reducers.get(key) or self._prepare_reduce(*key)
         last = dy_view.rows, dy_view.inner, plan.programs, plan.least
         if self.device.type == "cuda":
-            reducer.launch(self.grid, pointers[-1], gradient.data_ptr(), pointers[3], *last)
+            reducer.launch(plan.grid, pointers[-1], gradient.data_ptr(), pointers[3], *last)
         else:
-            reducer.launch(self.grid, partial, gradient, active, *last)
+            reducer.launch(plan.grid, partial, gradient, active, *last)
 
     def bound(self, view: View, params: launch.Resident) -> Bound:
         """The same for activations that are all walked as `view`, in place, of the bank that has `params`."""
         plan = self.plans.get((view, False)) or self._plan(view, False)
-        config, on_gpu, grid, keeps = self.config, self.device.type == "cuda", self.grid, self.tile.keeps
+        config, on_gpu, grid, keeps = self.config, self.device.type == "cuda", plan.grid, self.tile.keeps
         stride = common_power(view.stride, view.inner if self.spec.layout == "channels_first" else 0)
         programs = (plan.programs, 1, 1)
         numbers = view.rows, view.stride, view.stride, view.inner, plan.least
@@ -578,7 +584,9 @@ class Backward:
         if len(self.plans) >= MOST_PLANS:
             self.plans.clear()
         deep = min(programs, cdiv(blocks, least)) > 2 * PARTS
-        plan = self.plans[view, copies] = Plan(even, wide, deep, least, programs, partial)
+        floats, positions = reduce_block(self.spec, deep)
+        grid = (cdiv(gradient_size(self.spec), floats), cdiv(self.spec.slots, positions), 1)
+        plan = self.plans[view, copies] = Plan(even, wide, deep, least, programs, partial, grid)
         return plan
 
     def _prepare(self, variant: Variant) -> launch.Prepared | None:

@@ -22,7 +22,10 @@ from morphc.kernels.templating import next_pow2
 @lru_cache(maxsize=1024)
 def rungs(spec: KernelSpec, config: TuneConfig) -> tuple[TuneConfig, ...]:
     """Configs of a kernel over active seeds to try where `config` spills, in their order."""
-    made = _of_forward(spec, config) if spec.kind == "forward" else _of_gradients(spec, config)
+    if config.lanes:
+        made = _by_lane(spec, config)
+    else:
+        made = _of_forward(spec, config) if spec.kind == "forward" else _of_gradients(spec, config)
     return tuple(
         each for each in dict.fromkeys(made) if each != config and not tuning.reads_beyond(spec, each)
     )
@@ -51,6 +54,24 @@ def first_clean(
         assert refused is not None
         raise refused
     return least
+
+
+def _by_lane(spec: KernelSpec, config: TuneConfig) -> list[TuneConfig]:
+    """Lower blocks, then more threads for a chunk's row, with fewer of its hidden units each."""
+    found = []
+    for share in (1, 2, 4, 8):
+        lanes = min(8, config.lanes * share)
+        across = max(config.group * config.lanes, lanes)
+        group = across // lanes
+        low = replace(
+            config,
+            block_rows=32 * config.num_warps // across,
+            block_cols=group * next_pow2(spec.chunk),
+            group=group,
+            lanes=lanes,
+        )
+        found.append(replace(low, maxnreg=255))
+    return found
 
 
 def _of_forward(spec: KernelSpec, config: TuneConfig) -> list[TuneConfig]:

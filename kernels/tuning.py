@@ -23,7 +23,7 @@ import msgspec
 import torch
 
 from morphc.errors import KernelError, ResourceError, UnknownNameError
-from morphc.kernels import devices
+from morphc.kernels import devices, lanes
 from morphc.kernels.cache.tables import Trial
 from morphc.kernels.compile import TIME_LIMIT, Failure, Job, Resources, compile_all
 from morphc.kernels.devices import Device
@@ -170,9 +170,9 @@ def _grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
     least = min(most, max(1, 4 // pad)) if spec.rank else 1
     groups = [group for group in (1, 2, 4, 8, 16) if least <= group <= most] or [1]
     heights = [height for height in (16, 32, 64, 128, 256) if height <= max(16, rows)]
+    found = lanes.grid(spec, rows)
     if spec.kind != "forward":
-        return _gradient_grid(spec, pad, dict.fromkeys((1, *groups)), heights)
-    found = []
+        return found + _gradient_grid(spec, pad, dict.fromkeys((1, *groups)), heights)
     for group, height, programs, warps, stages in itertools.product(
         groups, heights, (2, 4, 8), (2, 4, 8), (1, 2, 3)
     ):
@@ -209,13 +209,15 @@ def reads_beyond(spec: KernelSpec, config: TuneConfig) -> bool:
 
 
 def _usual(spec: KernelSpec, rows: int) -> TuneConfig | None:
-    """What won on an H200 for forwards of rank 16, at one, ten and a hundred percent active.
+    """What won on an H200 for rank 16, at one, ten and a hundred percent active; of gradients `gradient.default` knows.
 
     A tile is 16 columns of small chunks, or the 64 of a line of memory where chunks are that wide or nearly all of
     them are active; a program holds two to four kilobytes of it.
     """
     if spec.kind != "forward" or spec.blueprint != "bottleneck":
         return None
+    if (by_lane := lanes.usual(spec, rows)) is not None:
+        return by_lane
     pad, deep = next_pow2(spec.chunk), next_pow2(spec.rank)
     if deep > 32:
         return None
@@ -273,10 +275,18 @@ def _cost(spec: KernelSpec, rows: int, config: TuneConfig, device: Device) -> fl
     traffic = moved * 2 * active * rows * cdiv(spec.chunk * item, SECTOR) * SECTOR
     on_its_way = resident * config.block_rows * config.block_cols * item * max(0.5, config.num_stages - 1)
     memory = traffic / (device.bandwidth * min(1.0, on_its_way / IN_FLIGHT))
-    wide, deep = max(16, config.block_cols), max(16, config.group * next_pow2(spec.rank)) if spec.rank else 0
-    dots = computed * items * 4 * config.block_rows * wide * deep / (0.5 * device.peak(spec.dtype))
-    # An activation of the hidden values, two dozen operations each.
-    vector = computed * items * 24 * config.block_rows * max(deep, wide) / device.vector
+    if config.lanes:
+        dots = 0.0
+        a_row = computed * (2 * spec.chunk + 8) * next_pow2(spec.rank) + 20 * config.lanes
+        vector = 2 * active * rows * a_row / device.vector
+    else:
+        wide, deep = (
+            max(16, config.block_cols),
+            max(16, config.group * next_pow2(spec.rank)) if spec.rank else 0,
+        )
+        dots = computed * items * 4 * config.block_rows * wide * deep / (0.5 * device.peak(spec.dtype))
+        # An activation of the hidden values, two dozen operations each.
+        vector = computed * items * 24 * config.block_rows * max(deep, wide) / device.vector
     # A block is loaded, multiplied, activated, multiplied and stored in turn, and hides behind those beside it.
     waiting = cdiv(items, multiprocessors * resident) * ITEM_US / math.sqrt(config.num_stages)
     spilled = 1.0 if registers <= (config.maxnreg or 255) else 2.0 * registers / (config.maxnreg or 255)
@@ -304,6 +314,9 @@ def _registers(spec: KernelSpec, config: TuneConfig) -> float:
     The factors are fitted to some seventy cross-compiled forwards; float32 dots are split into three of tf32, and
     float16 hidden values go two to a register.
     """
+    if config.lanes:
+        held = lanes.weights(spec) / config.lanes
+        return 60 + (2 if spec.kind == "backward" else 1) * held
     wide, deep = max(16, config.block_cols), max(16, config.group * next_pow2(spec.rank)) if spec.rank else 0
     tile = config.block_rows * (wide + 2 * deep) / (32 * config.num_warps)
     weights = 2 * wide * deep / (32 * config.num_warps)

@@ -8,10 +8,11 @@ from active_helpers import BOUND, bank, error, same_bits
 from gradient_helpers import L, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from test_backward_kernel import check, run
 from test_forward_kernel import DTYPES, untouched
 
-from morphc.kernels import active, gradient
+from morphc.kernels import active, gradient, lanes
 from morphc.kernels.spec import TuneConfig
 
 SHARED = ((1, 32), (1, 8), (2, 16), (4, 8), (8, 2), (2, 1))
@@ -19,10 +20,9 @@ SHARED = ((1, 32), (1, 8), (2, 16), (4, 8), (8, 2), (2, 1))
 
 
 def by_lane(shared: tuple[int, int], tiles: int = 1, programs: int = 2, warps: int = 1) -> TuneConfig:
-    lanes, group = shared
-    config = TuneConfig(0, 0, warps, 1, group=group, programs=programs, lanes=lanes)
-    height = tiles * active.side_of(config)
-    return TuneConfig(height, 0, warps, 1, group=group, programs=programs, lanes=lanes)
+    threads, group = shared
+    config = TuneConfig(0, 0, warps, 1, group=group, programs=programs, lanes=threads)
+    return replace(config, block_rows=tiles * lanes.side(config))
 
 
 @pytest.fixture(params=["persistent", "once"])
