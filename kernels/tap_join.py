@@ -130,6 +130,7 @@ def join_source(spec: KernelSpec, shape: TapShape) -> Source:
         params=_join_params(spec, shape),
         parts=shape.parts,
         activation=shape.activation,
+        lanes=False,
         hint=gcd(spec.rank, 16),
     )
 

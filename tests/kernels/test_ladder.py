@@ -9,7 +9,7 @@ from gradient_helpers import BOUNDS, case, distance, reference
 from msgspec.structs import replace
 
 from morphc.errors import ResourceError
-from morphc.kernels import active, gradient, ladder, launch
+from morphc.kernels import active, gradient, ladder, lanes, launch
 from morphc.kernels.compile import Job
 from morphc.kernels.launch import Prepared
 from morphc.kernels.layout import view_of
@@ -69,6 +69,9 @@ def test_rungs_are_other_configs_that_can_be_launched(kind: str, blueprint: str,
     assert len(set(found)) == len(found)
     for config in found:
         assert config.num_warps in (1, 2, 4, 8, 16)
+        if config.lanes:
+            assert config.block_rows % lanes.side(config) == 0
+            continue
         assert config.block_rows >= (16 if blueprint == "bottleneck" else 1)
         if kind != "forward" and blueprint == "bottleneck":
             tile = gradient.tile_of(spec, config)

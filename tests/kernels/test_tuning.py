@@ -16,7 +16,7 @@ from torch import nn
 import morphc
 from morphc import plantuned
 from morphc.errors import KernelError, ResourceError, UnknownNameError
-from morphc.kernels import active, codegen, devices, tuning
+from morphc.kernels import active, codegen, devices, lanes, tuning
 from morphc.kernels.codegen import Source
 from morphc.kernels.compile import Job, compile_all
 from morphc.kernels.spec import KernelSpec, TuneConfig
@@ -69,7 +69,10 @@ class TestCandidates:
                 assert number & (number - 1) == 0
             assert config.num_warps <= 16
             assert config.block_cols == config.group * max(1, 1 << (width - 1).bit_length())
-            assert config.block_rows >= 16, "a dot takes no fewer"
+            if config.lanes:
+                assert config.block_rows % lanes.side(config) == 0
+            else:
+                assert config.block_rows >= 16, "a dot takes no fewer"
             assert config.programs >= 1
 
     def test_small_chunks_share_a_dot_and_wide_ones_do_not(self) -> None:
@@ -77,12 +80,13 @@ class TestCandidates:
         assert {config.group for config in tuning.candidates(make_spec(seeds=16), 4096)} == {1}
 
     def test_few_rows_get_low_tiles(self) -> None:
-        assert {config.block_rows for config in tuning.candidates(make_spec(), 3)} == {16}
+        assert {config.block_rows for config in tuning.candidates(make_spec(), 3) if not config.lanes} == {16}
 
     def test_every_value_of_a_parameter_is_tried(self) -> None:
         found = tuning.candidates(make_spec(), 4096)
-        assert {config.num_warps for config in found} == {2, 4, 8}
-        assert {config.programs for config in found} == {2, 4, 8}
+        assert {config.num_warps for config in found if not config.lanes} == {2, 4, 8}
+        assert {config.programs for config in found if not config.lanes} == {2, 4, 8}
+        assert len({config.lanes for config in found}) > 1
         assert {config.num_stages for config in found} == {1, 2, 3}
 
     def test_other_kinds_have_no_model(self) -> None:
