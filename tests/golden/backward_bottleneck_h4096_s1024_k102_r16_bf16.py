@@ -478,6 +478,394 @@ def _walk(
         return tl.sum(doubt) == 0.0
 
 
+SCALE_OF_TANH = tl.constexpr(0.3292034911525734)
+BEND_OF_TANH = tl.constexpr(2.423681954311584)
+SCALE_OF_POWER = tl.constexpr(0.4686686930532063)
+BEND_OF_POWER = tl.constexpr(4.91222953926424)
+
+
+@triton.jit
+def _lanes(list_ptr, first, count, GROUP: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr):
+    """Of each lane of the chunks listed from `first` on: place, seed, slot, first hidden unit, and whether there is a
+    chunk; all [GROUP * LANES].
+    """
+    lane = tl.arange(0, GROUP * LANES)
+    place = lane // LANES
+    position = first + place
+    seed = tl.load(list_ptr + SEED + position, mask=position < 102, other=0)
+    slot = tl.load(list_ptr + SLOT + position, mask=position < 102, other=0)
+    return place, seed, slot, lane % LANES * UNITS, position < count
+
+
+@triton.jit
+def _has(seed, inside, column: tl.constexpr):
+    """Whether a lane's chunk has a column."""
+    return inside
+
+
+@triton.jit
+def _high(block, rows, stride, inner, ROWS: tl.constexpr):
+    """Where a block starts, how many rows there are from its first one on, and that one's number."""
+    first = tl.cast(block, tl.int64) * ROWS
+    return first * stride, tl.cast(tl.minimum(rows - first, ROWS), tl.int32), first
+
+
+@triton.jit
+def _whole(seed, inside, column: tl.constexpr, row, left, EVEN: tl.constexpr):
+    """Which elements of one column of a tile [SIDE, GROUP * LANES] there are."""
+    there = tl.broadcast_to(_has(seed, inside, column)[None, :], [row.shape[0], inside.shape[0]])
+    if not EVEN:
+        there = there & (row < left)[:, None]
+    return there
+
+
+@triton.jit
+def _block_of(
+    x_ptr, block, rows, stride, inner, seed, inside, ROWS: tl.constexpr, SIDE: tl.constexpr,
+    EVEN: tl.constexpr
+):
+    """The columns of all tiles of a block, one tile after the other, as they are."""
+    start, left, number = _high(block, rows, stride, inner, ROWS)
+    feature = _start(seed)
+    found = ()
+    for tile in tl.static_range(ROWS // SIDE):
+        row = tile * SIDE + tl.arange(0, SIDE)
+        for c in tl.static_range(CHUNK):
+            at = x_ptr + start + _offsets(row, feature + c, stride, inner)
+            found = found + (tl.load(at, mask=_whole(seed, inside, c, row, left, EVEN), other=0.0),)
+    return found
+
+
+@triton.jit
+def _each_column(tile):
+    """The columns of a tile [n, a power of two up to 256], a tuple of [n]."""
+    # found[i]: what is i, modulo their number.
+    found = (tile,)
+    for _ in tl.static_range(8):
+        if found[0].shape[1] > 1:
+            even, odd = (), ()
+            for k in tl.static_range(len(found)):
+                one, other = tl.split(tl.reshape(found[k], [tile.shape[0], found[k].shape[1] // 2, 2]))
+                even, odd = even + (one,), odd + (other,)
+            found = even + odd
+    columns = ()
+    for k in tl.static_range(len(found)):
+        columns = columns + (tl.reshape(found[k], [tile.shape[0]]),)
+    return columns
+
+
+@triton.jit
+def _times(values, factor):
+    """A tuple, each times the same."""
+    found = ()
+    for k in tl.static_range(len(values)):
+        found = found + (values[k] * factor,)
+    return found
+
+
+@triton.jit
+def _of_units(weight_ptr, start, unit, inside, UNITS: tl.constexpr):
+    """Numbers that lie side by side from `start` on, one of each of a lane's hidden units; a tuple of [GROUP * LANES]."""
+    units = unit[:, None] + tl.arange(0, UNITS)[None, :]
+    return _each_column(
+        tl.load(weight_ptr + start[:, None] + units, mask=inside[:, None] & (units < RANK), other=0.0)
+    )
+
+
+@triton.jit
+def _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS: tl.constexpr, FAST: tl.constexpr):
+    """What makes scaled hidden values: W_in, for each column a tuple, and b_in, a tuple."""
+    SCALE: tl.constexpr = SCALE_OF_TANH if FAST else SCALE_OF_POWER
+    w_in = ()
+    for c in tl.static_range(CHUNK):
+        of_column = _of_units(in_weight_ptr, (slot * CHUNK + c) * RANK, unit, inside, UNITS)
+        w_in = w_in + (_times(of_column, SCALE),)
+    return w_in, _times(_of_units(in_bias_ptr, slot * RANK, unit, inside, UNITS), SCALE)
+
+
+@triton.jit
+def _out_of(unit, inside, UNITS: tl.constexpr):
+    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD, and
+    whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
+    """
+    number = tl.arange(0, UNITS * CHUNK_PAD)[None, :]
+    at = (unit * CHUNK)[:, None] + number
+    there = inside[:, None] & (at < RANK * CHUNK)
+    return at, there
+
+
+@triton.jit
+def _weights_out(slot, unit, inside, out_weight_ptr, factor, UNITS: tl.constexpr):
+    """W_out times a factor, for each column a tuple."""
+    at, there = _out_of(unit, inside, UNITS)
+    found = _each_column(
+        tl.load(out_weight_ptr + (slot * (CHUNK * RANK))[:, None] + at, mask=there, other=0.0)
+    )
+    w_out = ()
+    for c in tl.static_range(CHUNK):
+        of_column = ()
+        for k in tl.static_range(UNITS):
+            of_column = of_column + (found[k * CHUNK_PAD + c],)
+        w_out = w_out + (_times(of_column, factor),)
+    return w_out
+
+
+@triton.jit
+def _over_lanes(tile, LANES: tl.constexpr):
+    """The sum over a chunk's lanes, in each of them."""
+    if LANES == 1:
+        return tile
+    else:
+        apart = tl.reshape(tile, [tile.shape[0], tile.shape[1] // LANES, LANES])
+        return tl.reshape(tl.broadcast_to(tl.sum(apart, axis=2, keep_dims=True), apart.shape), tile.shape)
+
+
+@triton.jit
+def _dot(x, weights, k: tl.constexpr):
+    """Of a tuple of columns, the sum of what each is multiplied by for a lane's k-th hidden unit."""
+    total = x[0] * weights[0][k][None, :]
+    for c in tl.static_range(1, CHUNK):
+        total += x[c] * weights[c][k][None, :]
+    return total
+
+
+@triton.jit
+def _hidden(x, w_in, b_in, k: tl.constexpr):
+    """A lane's k-th hidden value, scaled."""
+    total = x[0] * w_in[0][k][None, :] + b_in[k][None, :]
+    for c in tl.static_range(1, CHUNK):
+        total += x[c] * w_in[c][k][None, :]
+    return total
+
+
+@triton.jit
+def _sum_of_units(hidden, weights, UNITS: tl.constexpr):
+    """The sum over a lane's hidden units of a tuple of values times weights."""
+    total = hidden[0] * weights[0][None, :]
+    for k in tl.static_range(1, UNITS):
+        total += hidden[k] * weights[k][None, :]
+    return total
+
+
+@triton.jit
+def _tanh(u):
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sigmoids(a, b, c, d):
+    """1 / (1 + 2^-v) of each, with one division for all four: special functions are what there are fewest of.
+
+    2^-v counts as 2^31 at most: what is taken for 2^-31 then is multiplied by its hidden value, and is below what
+    float32 rounds away from the others.
+    """
+    a, b = 1 + tl.exp2(tl.minimum(-a, 31.0)), 1 + tl.exp2(tl.minimum(-b, 31.0))
+    c, d = 1 + tl.exp2(tl.minimum(-c, 31.0)), 1 + tl.exp2(tl.minimum(-d, 31.0))
+    left, right = a * b, c * d
+    both = 1.0 / (left * right)
+    left, right = both * right, both * left
+    return left * b, left * a, right * d, right * c
+
+
+@triton.jit
+def _exact_shares(a):
+    """sigmoid(2 u) of a tuple of scaled hidden values."""
+    turned = ()
+    for k in tl.static_range(len(a)):
+        turned = turned + (a[k] * (a[k] * a[k] + BEND_OF_POWER),)
+    shares = ()
+    if len(a) % 4 == 0:
+        for k in tl.static_range(0, len(a), 4):
+            shares = shares + _sigmoids(turned[k], turned[k + 1], turned[k + 2], turned[k + 3])
+    else:
+        for k in tl.static_range(len(a)):
+            shares = shares + (1.0 / (1.0 + tl.exp2(-turned[k])),)
+    return shares
+
+
+@triton.jit
+def _values_and_slopes(a, FAST: tl.constexpr):
+    """Of a tuple of scaled hidden values: tanh-GELU, scaled as they are, and its slope by h."""
+    values, slopes = (), ()
+    if FAST:
+        for k in tl.static_range(len(a)):
+            bent = a[k] * a[k] + BEND_OF_TANH
+            share = _tanh(a[k] * bent) * 0.5 + 0.5
+            value = a[k] * share
+            values = values + (value,)
+            slopes = slopes + ((value - value * share) * (bent * 6 - 4 * BEND_OF_TANH) + share,)
+    else:
+        shares = _exact_shares(a)
+        for k in tl.static_range(len(a)):
+            value = a[k] * shares[k]
+            # 3 ln 2 and ln 2
+            bend = a[k] * a[k] * 2.0794415416798357 + 0.6931471805599453 * BEND_OF_POWER
+            values = values + (value,)
+            slopes = slopes + ((value - value * shares[k]) * bend + shares[k],)
+    return values, slopes
+
+
+@triton.jit
+def _sums(total, factors, tile):
+    """A tuple of sums, to each of which one of `factors` times `tile` is added."""
+    found = ()
+    for k in tl.static_range(len(factors)):
+        found = found + (total[k] + factors[k] * tile,)
+    return found
+
+
+@triton.jit
+def _side_by_side(sums):
+    """A tuple of sums, as many as a power of two, each added up over rows: [GROUP * LANES, their number]."""
+    found = ()
+    for k in tl.static_range(len(sums)):
+        found = found + (tl.sum(sums[k], axis=0)[:, None],)
+    for _ in tl.static_range(8):
+        if len(found) > 1:
+            joined = ()
+            for k in tl.static_range(len(found) // 2):
+                pairs = tl.join(found[k], found[k + len(found) // 2])
+                joined = joined + (tl.reshape(pairs, [pairs.shape[0], pairs.shape[1] * 2]),)
+            found = joined
+    return found[0]
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr):
+    """A tuple of sums that nothing was added to."""
+    found = ()
+    for _ in tl.static_range(COUNT):
+        found = found + (tl.zeros([SIDE, ACROSS], tl.float32),)
+    return found
+
+
+@triton.jit
+def _saved_block(
+    stash_ptr, block, position, rows, stride, inner, seed, inside,
+    ROWS: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr,
+):
+    """As _block_of, of the saved chunks."""
+    start, left, number = _high(block, rows, stride, inner, ROWS)
+    found = ()
+    for tile in tl.static_range(ROWS // SIDE):
+        row = tile * SIDE + tl.arange(0, SIDE)
+        for c in tl.static_range(CHUNK):
+            at = stash_ptr + _stash_offsets(row, number, position, c, rows)
+            found = found + (tl.load(at, mask=_whole(seed, inside, c, row, left, EVEN), other=0.0),)
+    return found
+
+
+@triton.jit
+def _walk_by_lane(
+    stash_ptr,
+    dy_ptr,
+    dx_ptr,
+    list_ptr,
+    in_weight_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    partial_ptr,
+    first,
+    count,
+    blending,
+    first_block,
+    last_block,
+    rows,
+    dy_stride,
+    dx_stride,
+    inner,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    DW: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Blocks of rows of the chunks listed from `first` on: dx of those that blend, and with DW sums. partial: the row of
+    the first of them. IN_PLACE: dx holds dy.
+    """
+    ACROSS: tl.constexpr = GROUP * LANES
+    SCALE: tl.constexpr = SCALE_OF_TANH if FAST else SCALE_OF_POWER
+    place, seed, slot, unit, inside = _lanes(list_ptr, first, count, GROUP, LANES, UNITS)
+    position = first + place
+    leads = inside & (tl.arange(0, ACROSS) % LANES == 0)
+    blends = leads & (position < blending)
+    strength = _strength(list_ptr, position, inside)
+    w_in, b_in = _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS, FAST)
+    w_out = _weights_out(slot, unit, inside, out_weight_ptr, strength, UNITS)
+    if IN_PLACE:
+        from_ptr, from_stride = dx_ptr, dx_stride
+    else:
+        from_ptr, from_stride = dy_ptr, dy_stride
+    # Rows that lie side by side have sums of their own until the end.
+    d_in_bias = _zeros(UNITS, SIDE, ACROSS)
+    d_out_bias = _zeros(CHUNK, SIDE, ACROSS)
+    d_in_weight = _zeros(CHUNK * UNITS, SIDE, ACROSS)
+    d_out_weight = _zeros(CHUNK * UNITS, SIDE, ACROSS)
+    x = _saved_block(stash_ptr, first_block, position, rows, dx_stride, inner, seed, inside, ROWS, SIDE, EVEN)
+    dy = _block_of(from_ptr, first_block, rows, from_stride, inner, seed, inside, ROWS, SIDE, EVEN)
+    for block in tl.range(first_block, last_block, num_stages=1):
+        ahead = tl.minimum(block + 1, last_block - 1)
+        next_x = _saved_block(
+            stash_ptr, ahead, position, rows, dx_stride, inner, seed, inside, ROWS, SIDE, EVEN
+        )
+        next_dy = _block_of(from_ptr, ahead, rows, from_stride, inner, seed, inside, ROWS, SIDE, EVEN)
+        start, left, number = _high(block, rows, dx_stride, inner, ROWS)
+        for tile in tl.static_range(ROWS // SIDE):
+            row = tile * SIDE + tl.arange(0, SIDE)
+            x_of, dy_of = (), ()
+            for c in tl.static_range(CHUNK):
+                x_of = x_of + (x[tile * CHUNK + c].to(tl.float32),)
+                dy_of = dy_of + (dy[tile * CHUNK + c].to(tl.float32),)
+            a, dg = (), ()
+            for k in tl.static_range(UNITS):
+                a, dg = a + (_hidden(x_of, w_in, b_in, k),), dg + (_dot(dy_of, w_out, k),)
+            values, slopes = _values_and_slopes(a, FAST)
+            dh = ()
+            for k in tl.static_range(UNITS):
+                dh = dh + (dg[k] * slopes[k],)
+            for c in tl.static_range(CHUNK):
+                inward = _over_lanes(_sum_of_units(dh, w_in[c], UNITS), LANES) * (1 / SCALE)
+                inward += dy_of[c]
+                at = dx_ptr + start + _offsets(row, _start(seed) + c, dx_stride, inner)
+                there = _whole(seed, blends, c, row, left, EVEN)
+                tl.store(at, inward.to(dx_ptr.dtype.element_ty), mask=there)
+            if DW:
+                # Names of their own: what a loop is entered with keeps its type in it.
+                new_in, new_bias, new_out, new_out_bias = (), (), (), ()
+                for c in tl.static_range(CHUNK):
+                    new_in = new_in + _sums(d_in_weight[c * UNITS : (c + 1) * UNITS], dh, x_of[c])
+                    new_out = new_out + _sums(d_out_weight[c * UNITS : (c + 1) * UNITS], values, dy_of[c])
+                    new_out_bias = new_out_bias + (d_out_bias[c] + dy_of[c],)
+                for k in tl.static_range(UNITS):
+                    new_bias = new_bias + (d_in_bias[k] + dh[k],)
+                d_in_weight, d_in_bias, d_out_weight, d_out_bias = new_in, new_bias, new_out, new_out_bias
+        x, dy = next_x, next_dy
+    if DW:
+        own = partial_ptr + place * PER_SLOT
+        units = unit[:, None] + tl.arange(0, UNITS)[None, :]
+        mine = inside[:, None] & (units < RANK)
+        tl.store(own[:, None] + IN_BIAS + units, _side_by_side(d_in_bias), mask=mine)
+        out = ()
+        for c in tl.static_range(CHUNK):
+            of_column = _side_by_side(d_in_weight[c * UNITS : (c + 1) * UNITS])
+            tl.store(own[:, None] + (IN_WEIGHT + c * RANK) + units, of_column, mask=mine)
+        for k in tl.static_range(UNITS):
+            for c in tl.static_range(CHUNK_PAD):
+                out = out + (d_out_weight[(c if c < CHUNK else 0) * UNITS + k],)
+        at, mine = _out_of(unit, inside, UNITS)
+        of_all = _side_by_side(out) * (strength * (1 / SCALE))[:, None]
+        tl.store(own[:, None] + OUT_WEIGHT + at, of_all, mask=mine)
+        for c in tl.static_range(CHUNK):
+            tl.store(own + (OUT_BIAS + c), tl.sum(d_out_bias[c], axis=0) * strength, mask=leads)
+
+
 @triton.jit
 def backward(
     dy_ptr,
@@ -500,6 +888,8 @@ def backward(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
+    LANES: tl.constexpr,
+    SIDE: tl.constexpr,
     DENSE: tl.constexpr,
     EVEN: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -539,24 +929,68 @@ def backward(
             place = tl.arange(0, GROUP)
             flags = tl.load(list_ptr + FLAGS + first + place, mask=first + place < count, other=0)
             trains = tl.max(flags & TRAINS, axis=0) != 0
-            # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that another
-            # chunk has there is NaN.
-            broken = first < 0
-            for alone in tl.range(-1, GROUP if GROUP > 1 else 0, disable_licm=True):
-                if (alone < 0) | broken:
-                    # One walk for both would be done with fewer reads and more registers.
-                    if UNITS < RANK or PIECES > 1:
-                        if trains:
-                            for unit in tl.range(0, RANK, UNITS, disable_licm=True):
+            if LANES > 0:
+                if trains:
+                    _walk_by_lane(
+                        stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
+                        out_bias_ptr, mine_ptr,
+                        first, count, blending, first_block, last_block, rows, dy_stride, dx_stride, inner,
+                        ROWS, SIDE, UNITS, GROUP, LANES, True, IN_PLACE, EVEN, FAST,
+                    )
+                else:
+                    _walk_by_lane(
+                        stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
+                        out_bias_ptr, mine_ptr,
+                        first, count, blending, first_block, last_block, rows, dy_stride, dx_stride, inner,
+                        ROWS, SIDE, UNITS, GROUP, LANES, False, IN_PLACE, EVEN, FAST,
+                    )
+            else:
+                # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that another
+                # chunk has there is NaN.
+                broken = first < 0
+                for alone in tl.range(-1, GROUP if GROUP > 1 else 0, disable_licm=True):
+                    if (alone < 0) | broken:
+                        # One walk for both would be done with fewer reads and more registers.
+                        if UNITS < RANK or PIECES > 1:
+                            if trains:
+                                for unit in tl.range(0, RANK, UNITS, disable_licm=True):
+                                    finite = _walk(
+                                        stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
+                                        out_weight_ptr, out_bias_ptr, mine_ptr,
+                                        first, count, blending, alone, unit, first_block, last_block, rows,
+                                        dy_stride, dx_stride, inner,
+                                        ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False,
+                                        IN_PLACE, EVEN, WIDE, FAST, PRECISION,
+                                    )
+                            if first < blending:
                                 finite = _walk(
                                     stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
                                     out_weight_ptr, out_bias_ptr, mine_ptr,
-                                    first, count, blending, alone, unit, first_block, last_block, rows,
+                                    first, count, blending, alone, 0, first_block, last_block, rows,
                                     dy_stride, dx_stride, inner,
-                                    ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False,
+                                    ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False,
                                     IN_PLACE, EVEN, WIDE, FAST, PRECISION,
                                 )
-                        if first < blending:
+                            finite = first >= 0
+                        elif first >= blending:
+                            finite = _walk(
+                                stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
+                                out_weight_ptr, out_bias_ptr, mine_ptr,
+                                first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
+                                dx_stride, inner,
+                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False,
+                                IN_PLACE, EVEN, WIDE, FAST, PRECISION,
+                            )
+                        elif trains:
+                            finite = _walk(
+                                stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
+                                out_weight_ptr, out_bias_ptr, mine_ptr,
+                                first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
+                                dx_stride, inner,
+                                ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, IN_PLACE,
+                                EVEN, WIDE, FAST, PRECISION,
+                            )
+                        else:
                             finite = _walk(
                                 stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr,
                                 out_weight_ptr, out_bias_ptr, mine_ptr,
@@ -565,35 +999,7 @@ def backward(
                                 ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False,
                                 IN_PLACE, EVEN, WIDE, FAST, PRECISION,
                             )
-                        finite = first >= 0
-                    elif first >= blending:
-                        finite = _walk(
-                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-                            out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
-                            dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, False, True, False, IN_PLACE,
-                            EVEN, WIDE, FAST, PRECISION,
-                        )
-                    elif trains:
-                        finite = _walk(
-                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-                            out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
-                            dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, True, False, IN_PLACE,
-                            EVEN, WIDE, FAST, PRECISION,
-                        )
-                    else:
-                        finite = _walk(
-                            stash_ptr, dy_ptr, dx_ptr, list_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-                            out_bias_ptr, mine_ptr,
-                            first, count, blending, alone, 0, first_block, last_block, rows, dy_stride,
-                            dx_stride, inner,
-                            ROWS, COLUMNS, UNITS, GROUP, PIECES, UNITS_FIRST, True, False, False, IN_PLACE,
-                            EVEN, WIDE, FAST, PRECISION,
-                        )
-                    broken = broken | ~finite
+                        broken = broken | ~finite
 
 
 @triton.jit

@@ -224,6 +224,233 @@ def _blend(x, s, strength):
     return x + strength[None, :] * s
 
 
+SCALE_OF_TANH = tl.constexpr(0.3292034911525734)
+BEND_OF_TANH = tl.constexpr(2.423681954311584)
+SCALE_OF_POWER = tl.constexpr(0.4686686930532063)
+BEND_OF_POWER = tl.constexpr(4.91222953926424)
+
+
+@triton.jit
+def _lanes(list_ptr, first, count, GROUP: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr):
+    """Of each lane of the chunks listed from `first` on: place, seed, slot, first hidden unit, and whether there is a
+    chunk; all [GROUP * LANES].
+    """
+    lane = tl.arange(0, GROUP * LANES)
+    place = lane // LANES
+    position = first + place
+    seed = tl.load(list_ptr + SEED + position, mask=position < 102, other=0)
+    slot = tl.load(list_ptr + SLOT + position, mask=position < 102, other=0)
+    return place, seed, slot, lane % LANES * UNITS, position < count
+
+
+@triton.jit
+def _has(seed, inside, column: tl.constexpr):
+    """Whether a lane's chunk has a column."""
+    return inside
+
+
+@triton.jit
+def _high(block, rows, stride, inner, ROWS: tl.constexpr):
+    """Where a block starts, how many rows there are from its first one on, and that one's number."""
+    first = tl.cast(block, tl.int64) * ROWS
+    return first * stride, tl.cast(tl.minimum(rows - first, ROWS), tl.int32), first
+
+
+@triton.jit
+def _whole(seed, inside, column: tl.constexpr, row, left, EVEN: tl.constexpr):
+    """Which elements of one column of a tile [SIDE, GROUP * LANES] there are."""
+    there = tl.broadcast_to(_has(seed, inside, column)[None, :], [row.shape[0], inside.shape[0]])
+    if not EVEN:
+        there = there & (row < left)[:, None]
+    return there
+
+
+@triton.jit
+def _block_of(
+    x_ptr, block, rows, stride, inner, seed, inside, ROWS: tl.constexpr, SIDE: tl.constexpr,
+    EVEN: tl.constexpr
+):
+    """The columns of all tiles of a block, one tile after the other, as they are."""
+    start, left, number = _high(block, rows, stride, inner, ROWS)
+    feature = _start(seed)
+    found = ()
+    for tile in tl.static_range(ROWS // SIDE):
+        row = tile * SIDE + tl.arange(0, SIDE)
+        for c in tl.static_range(CHUNK):
+            at = x_ptr + start + _offsets(row, feature + c, stride, inner)
+            found = found + (tl.load(at, mask=_whole(seed, inside, c, row, left, EVEN), other=0.0),)
+    return found
+
+
+@triton.jit
+def _each_column(tile):
+    """The columns of a tile [n, a power of two up to 256], a tuple of [n]."""
+    # found[i]: what is i, modulo their number.
+    found = (tile,)
+    for _ in tl.static_range(8):
+        if found[0].shape[1] > 1:
+            even, odd = (), ()
+            for k in tl.static_range(len(found)):
+                one, other = tl.split(tl.reshape(found[k], [tile.shape[0], found[k].shape[1] // 2, 2]))
+                even, odd = even + (one,), odd + (other,)
+            found = even + odd
+    columns = ()
+    for k in tl.static_range(len(found)):
+        columns = columns + (tl.reshape(found[k], [tile.shape[0]]),)
+    return columns
+
+
+@triton.jit
+def _times(values, factor):
+    """A tuple, each times the same."""
+    found = ()
+    for k in tl.static_range(len(values)):
+        found = found + (values[k] * factor,)
+    return found
+
+
+@triton.jit
+def _of_units(weight_ptr, start, unit, inside, UNITS: tl.constexpr):
+    """Numbers that lie side by side from `start` on, one of each of a lane's hidden units; a tuple of [GROUP * LANES]."""
+    units = unit[:, None] + tl.arange(0, UNITS)[None, :]
+    return _each_column(
+        tl.load(weight_ptr + start[:, None] + units, mask=inside[:, None] & (units < RANK), other=0.0)
+    )
+
+
+@triton.jit
+def _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS: tl.constexpr, FAST: tl.constexpr):
+    """What makes scaled hidden values: W_in, for each column a tuple, and b_in, a tuple."""
+    SCALE: tl.constexpr = SCALE_OF_TANH if FAST else SCALE_OF_POWER
+    w_in = ()
+    for c in tl.static_range(CHUNK):
+        of_column = _of_units(in_weight_ptr, (slot * CHUNK + c) * RANK, unit, inside, UNITS)
+        w_in = w_in + (_times(of_column, SCALE),)
+    return w_in, _times(_of_units(in_bias_ptr, slot * RANK, unit, inside, UNITS), SCALE)
+
+
+@triton.jit
+def _out_of(unit, inside, UNITS: tl.constexpr):
+    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD, and
+    whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
+    """
+    number = tl.arange(0, UNITS * CHUNK_PAD)[None, :]
+    at = (unit * CHUNK)[:, None] + number
+    there = inside[:, None] & (at < RANK * CHUNK)
+    return at, there
+
+
+@triton.jit
+def _weights_out(slot, unit, inside, out_weight_ptr, factor, UNITS: tl.constexpr):
+    """W_out times a factor, for each column a tuple."""
+    at, there = _out_of(unit, inside, UNITS)
+    found = _each_column(
+        tl.load(out_weight_ptr + (slot * (CHUNK * RANK))[:, None] + at, mask=there, other=0.0)
+    )
+    w_out = ()
+    for c in tl.static_range(CHUNK):
+        of_column = ()
+        for k in tl.static_range(UNITS):
+            of_column = of_column + (found[k * CHUNK_PAD + c],)
+        w_out = w_out + (_times(of_column, factor),)
+    return w_out
+
+
+@triton.jit
+def _over_lanes(tile, LANES: tl.constexpr):
+    """The sum over a chunk's lanes, in each of them."""
+    if LANES == 1:
+        return tile
+    else:
+        apart = tl.reshape(tile, [tile.shape[0], tile.shape[1] // LANES, LANES])
+        return tl.reshape(tl.broadcast_to(tl.sum(apart, axis=2, keep_dims=True), apart.shape), tile.shape)
+
+
+@triton.jit
+def _dot(x, weights, k: tl.constexpr):
+    """Of a tuple of columns, the sum of what each is multiplied by for a lane's k-th hidden unit."""
+    total = x[0] * weights[0][k][None, :]
+    for c in tl.static_range(1, CHUNK):
+        total += x[c] * weights[c][k][None, :]
+    return total
+
+
+@triton.jit
+def _hidden(x, w_in, b_in, k: tl.constexpr):
+    """A lane's k-th hidden value, scaled."""
+    total = x[0] * w_in[0][k][None, :] + b_in[k][None, :]
+    for c in tl.static_range(1, CHUNK):
+        total += x[c] * w_in[c][k][None, :]
+    return total
+
+
+@triton.jit
+def _sum_of_units(hidden, weights, UNITS: tl.constexpr):
+    """The sum over a lane's hidden units of a tuple of values times weights."""
+    total = hidden[0] * weights[0][None, :]
+    for k in tl.static_range(1, UNITS):
+        total += hidden[k] * weights[k][None, :]
+    return total
+
+
+@triton.jit
+def _tanh(u):
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sigmoids(a, b, c, d):
+    """1 / (1 + 2^-v) of each, with one division for all four: special functions are what there are fewest of.
+
+    2^-v counts as 2^31 at most: what is taken for 2^-31 then is multiplied by its hidden value, and is below what
+    float32 rounds away from the others.
+    """
+    a, b = 1 + tl.exp2(tl.minimum(-a, 31.0)), 1 + tl.exp2(tl.minimum(-b, 31.0))
+    c, d = 1 + tl.exp2(tl.minimum(-c, 31.0)), 1 + tl.exp2(tl.minimum(-d, 31.0))
+    left, right = a * b, c * d
+    both = 1.0 / (left * right)
+    left, right = both * right, both * left
+    return left * b, left * a, right * d, right * c
+
+
+@triton.jit
+def _exact_shares(a):
+    """sigmoid(2 u) of a tuple of scaled hidden values."""
+    turned = ()
+    for k in tl.static_range(len(a)):
+        turned = turned + (a[k] * (a[k] * a[k] + BEND_OF_POWER),)
+    shares = ()
+    if len(a) % 4 == 0:
+        for k in tl.static_range(0, len(a), 4):
+            shares = shares + _sigmoids(turned[k], turned[k + 1], turned[k + 2], turned[k + 3])
+    else:
+        for k in tl.static_range(len(a)):
+            shares = shares + (1.0 / (1.0 + tl.exp2(-turned[k])),)
+    return shares
+
+
+@triton.jit
+def _lane_apply(x, w_in, b_in, w_out, b_out, LANES: tl.constexpr, UNITS: tl.constexpr, FAST: tl.constexpr):
+    """s of each column of one tile, a tuple of [SIDE, GROUP * LANES] float32. w_out: times what values are scaled by."""
+    a = ()
+    for k in tl.static_range(UNITS):
+        a = a + (_hidden(x, w_in, b_in, k),)
+    values = ()
+    if FAST:
+        for k in tl.static_range(UNITS):
+            values = values + (a[k] * _tanh(a[k] * (a[k] * a[k] + BEND_OF_TANH)) + a[k],)
+    else:
+        shares = _exact_shares(a)
+        for k in tl.static_range(UNITS):
+            values = values + (a[k] * shares[k],)
+    s = ()
+    for c in tl.static_range(CHUNK):
+        s = s + (_over_lanes(_sum_of_units(values, w_out[c], UNITS), LANES) + b_out[c][None, :],)
+    return s
+
+
 @triton.jit
 def _splits(groups, blocks):
     """Into how many ranges the blocks of each group are split, so that groups x ranges fill every program.
@@ -523,5 +750,144 @@ def forward_once(
                 x_ptr, list_ptr, stash_ptr, rows, stride, inner, first, count, block, block + 1,
                 ROWS, GROUP, COLUMNS, 1,
             )
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _walk(
+    x_ptr,
+    list_ptr,
+    stash_ptr,
+    in_weight_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    rows,
+    stride,
+    inner,
+
+
+first,
+    blending,
+    count,
+    first_block,
+    last_block,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    FAST: tl.constexpr,
+    STASH: tl.constexpr,
+    EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Some blocks of the chunks listed from `first` on."""
+    ACROSS: tl.constexpr = GROUP * LANES
+    UNITS: tl.constexpr = RANK_PAD // LANES if RANK_PAD > LANES else 1
+    # Values are SCALE gelu(h), or twice that.
+    FACTOR: tl.constexpr = 0.5 / SCALE_OF_TANH if FAST else 1 / SCALE_OF_POWER
+    place, seed, slot, unit, inside = _lanes(list_ptr, first, count, GROUP, LANES, UNITS)
+    position = first + place
+    leads = inside & (tl.arange(0, ACROSS) % LANES == 0)
+    blends = leads & (position < blending)
+    strength = _strength(list_ptr, position, inside)
+    w_in, b_in = _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS, FAST)
+    w_out = _weights_out(slot, unit, inside, out_weight_ptr, FACTOR, UNITS)
+    b_out = ()
+    for c in tl.static_range(CHUNK):
+        b_out = b_out + (tl.load(out_bias_ptr + slot * CHUNK + c, mask=inside, other=0.0),)
+    x = _block_of(x_ptr, first_block, rows, stride, inner, seed, inside, ROWS, SIDE, EVEN)
+    for block in tl.range(first_block, last_block, num_stages=1):
+        ahead = tl.minimum(block + 1, last_block - 1)
+        next_x = _block_of(x_ptr, ahead, rows, stride, inner, seed, inside, ROWS, SIDE, EVEN)
+        start, left, number = _high(block, rows, stride, inner, ROWS)
+        for tile in tl.static_range(ROWS // SIDE):
+            row = tile * SIDE + tl.arange(0, SIDE)
+            x_of = ()
+            for c in tl.static_range(CHUNK):
+                taken = x[tile * CHUNK + c]
+                if STASH:
+                    saved = _stash_offsets(row, number, position, c, rows)
+                    tl.store(stash_ptr + saved, taken, mask=_whole(seed, leads, c, row, left, EVEN))
+                x_of = x_of + (taken.to(tl.float32),)
+            s = _lane_apply(x_of, w_in, b_in, w_out, b_out, LANES, UNITS, FAST)
+            if EARLY:
+                # The kernel before this one may still be reading x.
+                tl.extra.cuda.gdc_wait()
+            for c in tl.static_range(CHUNK):
+                y = _blend(x_of[c], s[c], strength)
+                at = x_ptr + start + _offsets(row, _start(seed) + c, stride, inner)
+                tl.store(at, y.to(x_ptr.dtype.element_ty), mask=_whole(seed, blends, c, row, left, EVEN))
+        x = next_x
+
+
+@triton.jit
+def forward_by_lane(
+    x_ptr,
+    list_ptr,
+    stash_ptr,
+    in_weight_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    rows,
+    stride,
+    inner,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    STASH: tl.constexpr,
+    MATH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+
+
+SIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    FAST: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """`forward`, or with ONCE `forward_once`, with LANES threads for a chunk's row instead of matrix products."""
+    blending = tl.load(list_ptr + 1)
+    if STASH:
+        count = tl.load(list_ptr)
+    else:
+        count = blending
+    blocks = _blocks(rows, inner, ROWS)
+    if ONCE:
+        first = tl.program_id(0) * GROUP
+        if first < count:
+            block = tl.program_id(1)
+            _walk(
+                x_ptr, list_ptr, stash_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, rows,
+                stride, inner,
+
+
+first, blending, count, block, block + 1,
+                ROWS, SIDE, GROUP, LANES, FAST, STASH, EVEN, EARLY,
+            )
+    else:
+        groups = tl.cdiv(count, GROUP)
+        if groups > 0:
+            splits = _splits(groups, blocks)
+            for item in range(tl.program_id(0), groups * splits, tl.num_programs(0)):
+                first, first_block, last_block = _item(item, groups, splits, blocks, GROUP)
+                if first < blending:
+                    _walk(
+                        x_ptr, list_ptr, stash_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr,
+                        rows, stride, inner,
+
+
+first, blending, count, first_block, last_block,
+                        ROWS, SIDE, GROUP, LANES, FAST, STASH, EVEN, EARLY,
+                    )
+                elif STASH:
+                    _save(
+                        x_ptr, list_ptr, stash_ptr, rows, stride, inner, first, count, first_block,
+                        last_block,
+                        ROWS, GROUP, GROUP * CHUNK_PAD, STAGES,
+                    )
     if EARLY:
         tl.extra.cuda.gdc_wait()

@@ -13,6 +13,7 @@ from test_backward_kernel import check, run
 from test_forward_kernel import DTYPES, untouched
 
 from morphc.kernels import active, gradient, lanes
+from morphc.kernels.compile import compile_all
 from morphc.kernels.spec import TuneConfig
 
 SHARED = ((1, 32), (1, 8), (2, 16), (4, 8), (8, 2), (2, 1))
@@ -148,3 +149,22 @@ def test_two_runs_agree_bit_for_bit() -> None:
     first, second = (run(made, by_lane((2, 4), programs=3)) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+def test_what_is_used_without_tuning_compiles_without_spills(target: str) -> None:
+    jobs = []
+    for features, seeds, dtype, blend in (
+        (96, 96, torch.bfloat16, "gate"),
+        (96, 96, torch.float32, "residual"),
+        (200, 96, torch.bfloat16, "lerp"),
+    ):
+        spec = case(features, seeds, 9, 16, blend=blend, dtype=dtype).spec
+        forward = replace(spec, kind="forward")
+        if (config := lanes.usual(forward, 4096)) is not None:
+            jobs.append(active.forward_job(forward, config, stash=True, target=target))
+        if (config := lanes.usual(spec, 4096)) is not None:
+            jobs.append(gradient.backward_job(spec, config, target=target))
+    assert len(jobs) == 4
+    found = compile_all(jobs, time_limit=120)
+    assert [one.problem for one in found] == [""] * len(jobs)
