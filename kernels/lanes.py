@@ -63,6 +63,9 @@ def usual(spec: KernelSpec, rows: int) -> TuneConfig | None:
         across = 32 if listed >= 256 else 8 if listed >= 48 else 4
         tiles = 2 if across == 32 and spec.chunk <= 2 else 1
     across = min(max(across, lanes), lanes * next_pow2(listed))
+    if spec.layout == "channels_first":
+        # Rows lie side by side in memory, not chunks.
+        across = lanes
     while tiles > 1 and cdiv(listed, across // lanes) * cdiv(rows, tiles * WARP // across) < BUSY:
         tiles //= 2
     return _config(spec, lanes, across, tiles, 8 if spec.kind == "backward" and tiles > 1 else 16)
@@ -74,7 +77,7 @@ def grid(spec: KernelSpec, rows: int) -> list[TuneConfig]:
         return []
     found = []
     for lanes in dict.fromkeys((fewest(spec), min(8, 2 * fewest(spec)))):
-        for across in (32, 8, 4, 1):
+        for across in dict.fromkeys((32, 8, 4, lanes)):
             if not lanes <= across <= lanes * next_pow2(spec.slots):
                 continue
             for tiles in (1, 2, 4):

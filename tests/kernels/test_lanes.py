@@ -154,17 +154,18 @@ def test_two_runs_agree_bit_for_bit() -> None:
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_what_is_used_without_tuning_compiles_without_spills(target: str) -> None:
     jobs = []
-    for features, seeds, dtype, blend in (
-        (96, 96, torch.bfloat16, "gate"),
-        (96, 96, torch.float32, "residual"),
-        (200, 96, torch.bfloat16, "lerp"),
+    for features, seeds, dtype, blend, shape in (
+        (96, 96, torch.bfloat16, "gate", None),
+        (96, 96, torch.float32, "residual", None),
+        (96, 96, torch.bfloat16, "residual", (1, 96, 8, 8)),
+        (200, 96, torch.bfloat16, "lerp", None),
     ):
-        spec = case(features, seeds, 9, 16, blend=blend, dtype=dtype).spec
+        spec = case(features, seeds, 9, 16, blend=blend, dtype=dtype, shape=shape).spec
         forward = replace(spec, kind="forward")
         if (config := lanes.usual(forward, 4096)) is not None:
             jobs.append(active.forward_job(forward, config, stash=True, target=target))
         if (config := lanes.usual(spec, 4096)) is not None:
             jobs.append(gradient.backward_job(spec, config, target=target))
-    assert len(jobs) == 4
+    assert len(jobs) == 6
     found = compile_all(jobs, time_limit=120)
     assert [one.problem for one in found] == [""] * len(jobs)
