@@ -364,8 +364,8 @@ def backward(
             place = tl.arange(0, GROUP)
             flags = tl.load(list_ptr + FLAGS + first + place, mask=first + place < count, other=0)
             trains = tl.max(flags & TRAINS, axis=0) != 0
-            # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that another
-            # chunk has there is NaN.
+            # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that
+            # another chunk has there is NaN.
             broken = first < 0
             for alone in tl.range(-1, GROUP if GROUP > 1 else 0, disable_licm=True):
                 if (alone < 0) | broken:

@@ -585,8 +585,8 @@ def _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS: tl.conste
 
 @triton.jit
 def _out_of(unit, inside, UNITS: tl.constexpr):
-    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD, and
-    whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
+    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD,
+    and whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
     """
     number = tl.arange(0, UNITS * CHUNK_PAD)[None, :]
     at = (unit * CHUNK)[:, None] + number
@@ -945,8 +945,8 @@ def backward(
                         ROWS, SIDE, UNITS, GROUP, LANES, False, IN_PLACE, EVEN, FAST,
                     )
             else:
-                # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that another
-                # chunk has there is NaN.
+                # All chunks together, and if what comes out isn't finite, each alone: Inf times the zero weight that
+                # another chunk has there is NaN.
                 broken = first < 0
                 for alone in tl.range(-1, GROUP if GROUP > 1 else 0, disable_licm=True):
                     if (alone < 0) | broken:

@@ -331,8 +331,8 @@ def _weights_in(slot, unit, inside, in_weight_ptr, in_bias_ptr, UNITS: tl.conste
 
 @triton.jit
 def _out_of(unit, inside, UNITS: tl.constexpr):
-    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD, and
-    whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
+    """Where W_out of a lane's hidden units lies in its chunk's, unit after unit and in each the columns up to CHUNK_PAD,
+    and whether there is one; both [GROUP * LANES, UNITS * CHUNK_PAD].
     """
     number = tl.arange(0, UNITS * CHUNK_PAD)[None, :]
     at = (unit * CHUNK)[:, None] + number
