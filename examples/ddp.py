@@ -4,6 +4,7 @@ Each rank trains on its own part of every batch. The Grower puts measurements to
 slots, rank 0 decides, and nothing is wrapped again when a seed grows. Some seconds on a CPU, where gloo connects ranks.
 """
 
+import gc
 import os
 from functools import cache
 
@@ -34,8 +35,6 @@ def batch(step: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    import morphc
-
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -43,6 +42,16 @@ def main() -> None:
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
+    train(rank, ranks, device)
+    if ranks > 1:
+        # What DDP wrapped ends before its group does: torch may wait for ever the other way round.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train(rank: int, ranks: int, device: torch.device) -> None:
+    import morphc
 
     # Ticks are shortened: a run of this size has no time for the defaults.
     config = morphc.Config(
@@ -89,9 +98,6 @@ def main() -> None:
         print(
             f"{ranks} ranks   validation loss {before:.4f} -> {after:.4f}   {size} parameters after folding"
         )
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

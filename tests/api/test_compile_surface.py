@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections import OrderedDict
 from typing import Any
@@ -272,6 +273,9 @@ class TestModuleMethods:
             wrapped = nn.parallel.DistributedDataParallel(model)
             for _ in range(3):
                 wrapped(rows()).sum().backward()
+            # Before its group: the last to let go of that waits for a thread, which may wait for Python's lock.
+            del wrapped
+            gc.collect()
         finally:
             torch.distributed.destroy_process_group()
 

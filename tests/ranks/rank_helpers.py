@@ -115,6 +115,8 @@ def launch(
         f"dist.init_process_group(backend, init_method=where, rank=rank, world_size={ranks})\n"
         f"import {Path(file).stem} as tests\n"
         f"tests.{function}()\n"
+        # What is wrapped ends before its group: torch may wait for ever the other way round.
+        "import gc; gc.collect()\n"
         "dist.barrier(); dist.destroy_process_group()\n"
         # At the end of an interpreter gloo's threads now and then end the process first.
         "sys.stdout.flush(); os._exit(0)\n"
