@@ -115,8 +115,9 @@ def predict(
 ) -> Prediction:
     """The numbers for `rows`. Without `active` (or a slot) those of active seeds equal the dormant ones."""
     footprint = float(rows * shape.features * dtype_bytes(shape.dtype))
-    sample = cost_site.dormant(shape, rows, backend, due=True)
-    due = roofline(sample, device, shape.dtype, 0.0 if backend == "torch" else footprint)
+    sampled = shape.sampled(rows)
+    sample = cost_site.dormant(shape, sampled, backend, due=True)
+    due = roofline(sample, device, shape.dtype, 0.0 if backend == "torch" else footprint * sampled / rows)
     site = Time(0.0, device.call_us) + due.times(1 / shape.telemetry_every if shape.telemetry_every else 0.0)
     grown = site
     if active:
@@ -127,7 +128,7 @@ def predict(
     step_us = step.total_us(device)
     return Prediction(
         rows=rows,
-        bytes_per_row=float(sample.bytes) / rows,
+        bytes_per_row=float(sample.bytes) / sampled,
         due_us=due.total_us(device),
         dormant_us=site.total_us(device),
         active10_us=grown.total_us(device),

@@ -69,6 +69,7 @@ class SiteShape(msgspec.Struct, frozen=True, kw_only=True):
     blend: str = "residual"
     dtype: str = "float32"
     telemetry_every: int = 16
+    telemetry_values: int = 0
     fused: bool = False
     owns_input: bool = False
     tap_features: int = 0
@@ -103,6 +104,11 @@ class SiteShape(msgspec.Struct, frozen=True, kw_only=True):
             gated=self.gated,
             block_obstacle=self.obstacle,
         )
+
+    def sampled(self, rows: int) -> int:
+        """Rows that a sample of telemetry takes."""
+        most = ceil_div(self.telemetry_values, self.features) if self.telemetry_values else rows
+        return min(rows, most)
 
     def active_seeds(self, fraction: Fraction) -> int:
         """Seeds that are active when `fraction` of them are: rounded up, and no more than there are slots."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Walk = Literal["last", "channels_first"]
+
+
+MOST_STRIDE: Final = 1 << 24
+"""Elements between rows that `thinned` takes: kernels multiply them by the rows of a block, in 32 bits."""
 
 
 class View(NamedTuple):
@@ -64,6 +68,20 @@ def view_of(y: Tensor, axis: int) -> View | None:
     if step is None:
         return View("last", rows, features, 1)
     return View("last", rows, step, 1) if step >= features else None
+
+
+def thinned(view: View, features: int, values: int) -> View:
+    """Each n-th row of an activation of more than `values` values (0: any number), or where features aren't last
+    each n-th sample: about so many of them. n is odd, and so in step with no batch or sequence of even length.
+    """
+    total = view.rows * features
+    if not values or total <= values:
+        return view
+    samples = view.rows // view.inner  # of one row each, where features are last
+    step, most = -(-total // values) | 1, min(samples, MOST_STRIDE // max(1, view.stride))
+    if step > most:
+        step = max(1, most - 1 | 1)
+    return view._replace(rows=-(-samples // step) * view.inner, stride=view.stride * step)
 
 
 def is_dense(y: Tensor) -> bool:

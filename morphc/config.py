@@ -70,6 +70,8 @@ class Config(
     kinds: which kinds of layer get a site, out of `linear conv norm embedding attention rnn`.
     include, exclude: fnmatch patterns over site paths.
     telemetry_every: sample every n-th training forward; 0 turns telemetry off.
+    telemetry_values: a sample of an activation with more values takes each n-th row, n odd, and so about so many; 0
+        takes all rows. Where features aren't last in memory, n-th samples of the batch.
     near_zero: |x| at or below it counts as dead (0.0: exact zeros only).
     gradient_telemetry: also sample gradients (one more buffer of the activation's size while it runs).
     seed_lr: factor on the learning rate of the user's first parameter group.
@@ -98,6 +100,7 @@ class Config(
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     telemetry_every: int = 16
+    telemetry_values: int = 1 << 23
     near_zero: float = 0.0
     gradient_telemetry: bool = False
     seed_lr: float = 1.0
@@ -147,6 +150,7 @@ class Config(
             _at_least("slots", self.slots, 1, "give 1 or more, or None for the default")
         _at_least("rank", self.rank, 1, "give 1 or more")
         _at_least("telemetry_every", self.telemetry_every, 0, "give 0 (off) or more")
+        _at_least("telemetry_values", self.telemetry_values, 0, "give 0 (all rows of any activation) or more")
         for option, value in (("near_zero", self.near_zero), ("seed_lr", self.seed_lr)):
             if not 0.0 <= value < float("inf"):
                 raise ConfigError(f"{option}={value!r} must be finite and not negative")

@@ -245,6 +245,7 @@ def site_shape(
         blend=config.blend,
         dtype=site.dtype,
         telemetry_every=config.telemetry_every,
+        telemetry_values=config.telemetry_values,
         fused=site.epilogue is not None,
         owns_input=site.owns_input,
         tap_features=tap,

@@ -39,6 +39,9 @@ OPTIONS: Mapping[str, Any] = {
     "telemetry_every": _option(
         int | None, "--telemetry-every", help="Measure every n-th training forward; 0 is never."
     ),
+    "telemetry_values": _option(
+        int | None, "--telemetry-values", help="Take so many values of a larger activation; 0 takes all."
+    ),
     "near_zero": _option(float | None, "--near-zero", help="Up to this size an activation counts as dead."),
     "gradient_telemetry": _option(bool | None, "--gradient-telemetry", help="Measure gradients too."),
     "seed_lr": _option(float | None, "--seed-lr", help="Factor on the host's learning rate."),

@@ -18,7 +18,7 @@ from morphc.kernels.backend import KERNEL_DTYPES
 from morphc.kernels.blueprints.base import get
 from morphc.kernels.compile import SHARED_LIMITS, Job
 from morphc.kernels.launch import collecting, prepare_job
-from morphc.kernels.layout import View, view_of
+from morphc.kernels.layout import View, thinned, view_of
 from morphc.kernels.site import BankKernels, Like, TapBankKernels, refusal, spec_of
 from morphc.kernels.spec import KernelSpec
 from morphc.kernels.tuner import Task
@@ -84,7 +84,7 @@ def tasks(sites: Mapping[str, SeedSite], seen: Mapping[str, Seen]) -> Iterator[T
         y, view, _ = made
         watched = telemetry.spec_of(site.features, site.seeds, y.dtype, view.walk, site.epilogue)
         if site.telemetry_every and not telemetry.refuses(watched, site.near_zero):
-            yield Task(watched, view.rows, (path,))
+            yield Task(watched, thinned(view, site.features, site.telemetry_values).rows, (path,))
         for _, bank in site.slots.items():
             spec = _spec(site, bank, y.dtype, view)
             if refusal(spec, bank.geometry) or get(bank.blueprint).tap != "chunk":
@@ -160,6 +160,7 @@ def _measure(site: SeedSite, y: Tensor, view: View) -> None:
     if not site.telemetry_every or telemetry.refuses(spec, site.near_zero):
         return
     kernels = telemetry.Telemetry(spec, site.near_zero, META)
+    view = thinned(view, site.features, site.telemetry_values)
     cells = kernels.new_cells(view)
     sums = torch.empty(8, site.seeds, dtype=torch.float64, device=META)
     counts = torch.empty(3, site.seeds, dtype=torch.int64, device=META)

@@ -132,6 +132,7 @@ def _build(
         banks=banks,
         refusals=refusals,
         telemetry_every=config.telemetry_every,
+        telemetry_values=config.telemetry_values,
         epilogue=request.epilogue,
         near_zero=config.near_zero,
         gradient_telemetry=config.gradient_telemetry,

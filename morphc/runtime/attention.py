@@ -84,6 +84,7 @@ class Third(SeedSite):
             offset=whole.offset + index * seeds,
             state=whole.state,
             telemetry_every=whole.telemetry_every,
+            telemetry_values=whole.telemetry_values,
             near_zero=whole.near_zero,
             gradient_telemetry=whole.gradient_telemetry,
         )

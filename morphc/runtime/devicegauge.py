@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from morphc.kernels import telemetry
-from morphc.kernels.layout import View, Walk, view_of
+from morphc.kernels.layout import View, Walk, thinned, view_of
 from morphc.kernels.telemetry import Telemetry
 from morphc.runtime.lasting import lasting
 
@@ -77,6 +77,7 @@ class DeviceGauge:
         )
         if kernels is None:
             return None
+        view = thinned(view, site.features, site.telemetry_values)
         self.settle()
         if kernels is not self.kernels or self.cells is None:
             self.kernels = kernels

@@ -89,6 +89,7 @@ class SeedSite(nn.Module):
         banks: dict[str, SlotBank] | None = None,
         refusals: dict[str, str] | None = None,
         telemetry_every: int = 16,
+        telemetry_values: int = 0,
         epilogue: str | None = None,
         near_zero: float = 0.0,
         gradient_telemetry: bool = False,
@@ -101,6 +102,7 @@ class SeedSite(nn.Module):
         self.feature_axis = feature_axis
         self.offset = offset
         self.telemetry_every = telemetry_every
+        self.telemetry_values = telemetry_values
         self.epilogue = epilogue
         self.near_zero = near_zero
         self.gradient_telemetry = gradient_telemetry

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from morphc.kernels.backend import KERNEL_DTYPES, chosen
+from morphc.kernels.layout import View, thinned, view_of
 from morphc.kernels.reference.chunks import chunk_sums, chunk_widths
 from morphc.kernels.reference.health import (
     GRAD_SAMPLES,
@@ -74,6 +75,19 @@ class Place(NamedTuple):
     axis: int
     epilogue: str | None
     near_zero: float
+    values: int
+
+    def sampled(self, y: Tensor) -> Tensor:
+        """The rows of `y` that a sample takes, [rows, F]: those that kernels take, on a device that has them."""
+        y = y.detach()
+        features = y.shape[self.axis]
+        if not self.values or y.numel() <= self.values:
+            return as_rows(y, self.axis)
+        view = view_of(y, self.axis) or View("last", y.numel() // features, features, 1)
+        step = thinned(view, features, self.values).stride // view.stride
+        if view.walk == "channels_first":
+            return as_rows(y.reshape(-1, features, view.inner)[::step], 1)
+        return as_rows(y, self.axis)[::step]
 
     @property
     def rows(self) -> slice:
@@ -138,7 +152,7 @@ class Gauge:
 
     def prepare(self, y: Tensor) -> Array:
         """The rows of `y` [rows, F], after which activations like it can be read."""
-        rows = as_rows(y.detach(), self.place.axis)
+        rows = self.place.sampled(y)
         with self.lock:
             self._settle()
             as_it_is = y.dtype in HOST_TYPES
@@ -147,7 +161,7 @@ class Gauge:
             stored = "" if as_it_is or y.dtype not in HALF_TYPES else str(y.dtype).removeprefix("torch.")
             self.dead = Dead(self.epilogue, self.place.near_zero, stored)
             self.size, self.staged, self.centered = y.nbytes, None, -1
-            small = self.often and y.numel() <= STAGED_ELEMENTS
+            small = self.often and y.numel() <= STAGED_ELEMENTS and rows.numel() == y.numel()
             fitting = 4 * STAGED_ELEMENTS // y.numel()
             self.slots = min(MOST_STAGED, max(LEAST_STAGED, fitting)) if small else 0
         values: Array = (rows if as_it_is else rows.float()).numpy()
@@ -156,7 +170,7 @@ class Gauge:
     def add(self, y: Tensor, window: int) -> None:
         """Measure `y` now or later. `window` changes whenever the state's sums are set."""
         if not self.slots:
-            self.measure(as_rows(y.detach(), -1).numpy(), window)
+            self.measure(self.place.sampled(y).numpy(), window)
             return
         with self.lock:
             if self.window != window:
@@ -222,9 +236,11 @@ def accumulate(site: SeedSite, y: Tensor) -> bool:
             state.pending.gauges.add(on_kernels)
             on_kernels.add(value, state.window)
             return True
-    place = Place(site.offset, site.seeds, site.feature_axis, site.epilogue, site.near_zero)
+    place = Place(
+        site.offset, site.seeds, site.feature_axis, site.epilogue, site.near_zero, site.telemetry_values
+    )
     if not (y.is_cpu and sums.is_cpu):
-        _add_any(as_rows(y.detach(), place.axis), sums, state.counts, place)
+        _add_any(place.sampled(y), sums, state.counts, place)
         return True
     if not known or not isinstance(gauge, Gauge):
         if gauge is not None:

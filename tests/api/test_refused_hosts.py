@@ -99,6 +99,7 @@ class TestOptions:
             ({"slots": 0}, "slots=0"),
             ({"rank": 0}, "rank=0"),
             ({"telemetry_every": -1}, "telemetry_every=-1"),
+            ({"telemetry_values": -1}, "telemetry_values=-1"),
             ({"max_overhead": 2.0}, "max_overhead=2.0"),
             ({"blueprint": ()}, "blueprint=() names none"),
         ],

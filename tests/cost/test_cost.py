@@ -268,6 +268,17 @@ def test_rarer_telemetry_is_never_dearer() -> None:
         last = now
 
 
+def test_a_sample_that_takes_fewer_rows_is_cheaper_and_costs_no_less_a_row() -> None:
+    found = {}
+    for values in (0, 1 << 30, 1 << 23, 1 << 20):
+        shape = SiteShape(features=4096, seeds=64, telemetry_values=values)
+        layer = HostLayer(kind="linear", features=4096, in_features=4096, weights=4096**2)
+        found[values] = cost.predict(shape, layer, devices.H200, 16384, "triton")
+    assert found[0] == found[1 << 30]
+    assert found[1 << 20].overhead < found[1 << 23].overhead < found[0].overhead
+    assert found[1 << 23].bytes_per_row == pytest.approx(found[0].bytes_per_row, rel=0.05)
+
+
 def test_numbers_are_plain_and_short() -> None:
     numbers = cost.predict(C64, LINEAR, devices.H200, 4096, "triton").numbers()
     assert all(type(value) is float for value in numbers.values())

@@ -136,6 +136,30 @@ def test_near_zero_sets_another_threshold():
     torch.testing.assert_close(seeds_of(host).telemetry()["dead_fraction"], want)
 
 
+@pytest.mark.parametrize("layout", ["last", "wider", "channels", "channels_last", "channels_apart"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_of_a_large_activation_every_nth_row_or_sample_is_measured(layout, every):
+    axis = -1 if layout in ("last", "wider") else 1
+    host, store = on_layer(nn.Identity(), 10, 3, axis, telemetry_every=every, telemetry_values=300)
+    seen = []
+    for batch in (9, 9, 9, 2, 9):
+        x = torch.randn((batch, 13, 10) if axis == -1 else (batch, 10, 13, 1)) + 1
+        if layout == "wider":
+            x = torch.randn(batch, 13, 17)[..., :10]
+        if layout == "channels_last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        if layout == "channels_apart":
+            x = torch.randn(batch, 20, 13, 1)[:, ::2]
+        for _ in range(every):
+            host(x)
+        by = -(-x.numel() // 300) | 1 if x.numel() > 300 else 1
+        seen.append(as_rows(x[::by], 1) if layout == "channels" else as_rows(x, axis)[::by])
+    found, want = seeds_of(host).telemetry(), health64(torch.cat(seen), 3)
+    for name in ("count", "mean", "dead_fraction", "peak", "variance"):
+        close(found, want, name)
+    assert store.state.counts[ROWS].tolist() == [sum(map(len, seen))] * 3
+
+
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("forwards", [1, 2, 17, 18, 40])
 def test_small_activations_that_are_put_aside_are_all_measured_with_their_own_values(every, forwards):
