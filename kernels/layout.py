@@ -10,8 +10,8 @@ from torch import Tensor
 Walk = Literal["last", "channels_first"]
 
 
-MOST_STRIDE: Final = 1 << 24
-"""Elements between rows that `thinned` takes: kernels multiply them by the rows of a block, in 32 bits."""
+FURTHEST: Final = {"last": 1 << 22, "channels_first": 1 << 30}
+"""Elements between rows, or samples, that `thinned` takes. Kernels multiply those of rows by a block's, in 32 bits."""
 
 
 class View(NamedTuple):
@@ -78,7 +78,7 @@ def thinned(view: View, features: int, values: int) -> View:
     if not values or total <= values:
         return view
     samples = view.rows // view.inner  # of one row each, where features are last
-    step, most = -(-total // values) | 1, min(samples, MOST_STRIDE // max(1, view.stride))
+    step, most = -(-total // values) | 1, min(samples, FURTHEST[view.walk] // max(1, view.stride))
     if step > most:
         step = max(1, most - 1 | 1)
     return view._replace(rows=-(-samples // step) * view.inner, stride=view.stride * step)

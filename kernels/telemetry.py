@@ -322,6 +322,15 @@ class Cells:
         self.retired = retired
 
 
+class Pass(NamedTuple):
+    """A pass, ready for activations of one shape. samples: that are added up before they are to be merged."""
+
+    launch: Launch
+    grid: tuple[int, int, int]
+    samples: int
+    numbers: tuple[int, ...]
+
+
 class Telemetry:
     """The kernels of one spec on one device; with a config of their own, or one chosen by the number of rows.
 
@@ -330,6 +339,7 @@ class Telemetry:
 
     __slots__ = (
         "_merges",
+        "_on_gpu",
         "_passes",
         "_shifts",
         "config",
@@ -350,7 +360,8 @@ class Telemetry:
         self.config = config
         self.target = target_of(device)
         self.processors = launch.multiprocessors(device)
-        self._passes: dict[tuple[object, ...], tuple[Launch, Plan, int]] = {}
+        self._on_gpu = device.type == "cuda"
+        self._passes: dict[tuple[object, ...], Pass] = {}
         self._merges: dict[tuple[bool, int], tuple[Launch, int]] = {}
         self._shifts: dict[None, Launch] = {}
         source(spec, near_zero)
@@ -415,35 +426,23 @@ class Telemetry:
             view.rows, view.inner, view.stride, out_stride, (pointer | out_pointer) % LOAD, y is None, clock is None,
             cells.exact, cells.splits,
         )  # fmt: skip
-        launched, planned, unit = self._passes.get(key) or self._prepare(
+        launched, grid, most, numbers = self._passes.get(key) or self._prepare(
             key, view, out_stride, cells, y is not None, clock is not None
         )
-        if planned.splits > cells.splits:
-            cells.enlarge(planned.splits)
-        if cells.pending >= MERGE_EVERY or (cells.pending >= planned.samples and not cells.exact):
+        if grid[1] > cells.splits:
+            cells.enlarge(grid[1])
+        if cells.pending >= most:
             self.merge(cells, sums, counts, offset)
         cells.pending += 1
-        rows, inner = view.rows, 1
-        if view.walk == "channels_first":
-            rows, inner = rows // view.inner, view.inner // unit
-        numbers = every, rows, view.stride // unit, out_stride // unit, inner, planned.span
-        grid = (planned.tiles, planned.splits, 1)
-        if self.device.type == "cuda":
+        if self._on_gpu:
             part, measured = cells.pointers
-            launched(
-                grid,
-                pointer,
-                out_pointer,
-                part,
-                measured,
-                _address(sums, health.SHIFT, offset),
-                measured if clock is None else clock.data_ptr(),
-                *numbers,
-            )
+            shifts = _address(sums, health.SHIFT, offset)
+            ticks = measured if clock is None else clock.data_ptr()
+            launched(grid, pointer, out_pointer, part, measured, shifts, ticks, every, *numbers)
         else:
-            ticks = torch.zeros(1, dtype=torch.int32) if clock is None else clock
-            shifts = sums[health.SHIFT, offset:]
-            launched(grid, x, out, cells.part, cells.measured, shifts, ticks, *numbers)
+            counted = torch.zeros(1, dtype=torch.int32) if clock is None else clock
+            around = sums[health.SHIFT, offset:]
+            launched(grid, x, out, cells.part, cells.measured, around, counted, every, *numbers)
         if merged:
             self.merge(cells, sums, counts, offset)
 
@@ -498,7 +497,7 @@ class Telemetry:
         cells: Cells,
         write: bool,
         clocked: bool,
-    ) -> tuple[Launch, Plan, int]:
+    ) -> Pass:
         aligned = key[4] == 0
         distances = view.stride | out_stride
         if view.walk == "channels_first":
@@ -512,7 +511,15 @@ class Telemetry:
         planned = self.plan(view, unit, cells.splits)
         if len(self._passes) >= KEPT:
             self._passes.clear()
-        found = self._passes[key] = self._prepared(made), planned, unit
+        rows, inner = view.rows, 1
+        if view.walk == "channels_first":
+            rows, inner = rows // view.inner, view.inner // unit
+        found = self._passes[key] = Pass(
+            self._prepared(made),
+            (planned.tiles, planned.splits, 1),
+            MERGE_EVERY if cells.exact else min(MERGE_EVERY, planned.samples),
+            (rows, view.stride // unit, out_stride // unit, inner, planned.span),
+        )
         return found
 
     def _prepare_merge(self, exact: bool, splits: int) -> tuple[Launch, int]:

@@ -16,7 +16,7 @@ from morphc.errors import UnsupportedKernelError
 from morphc.kernels import telemetry as kernels
 from morphc.kernels.compile import Resources, compile_all
 from morphc.kernels.dead import dead_expression, dead_ptx, dead_values
-from morphc.kernels.layout import View, view_of
+from morphc.kernels.layout import View, thinned, view_of
 from morphc.kernels.reference.activations import ACTIVATIONS, activation
 from morphc.kernels.reference.chunks import bounds
 from morphc.kernels.reference.health import NONFINITE, PEAK, ROW_SQUARES, ROWS, SHIFT, SQUARES, SUM, ZEROS
@@ -409,6 +409,35 @@ class TestClock:
             measured.sample(sample, clock=clock, every=2)
         measured.merge()
         check(measured, samples[::2])
+
+
+class TestThinned:
+    @given(
+        st.integers(1, 400), st.integers(1, 60), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5000)
+    )
+    def test_rows_are_those_of_the_activation_and_no_more_than_asked_for(
+        self, samples: int, features: int, inner: int, gap: int, values: int
+    ) -> None:
+        for view in (
+            View("last", samples, features + gap, 1),
+            View("channels_first", samples * inner, features * inner, inner),
+        ):
+            found, total = thinned(view, features, values), view.rows * features
+            step, beside = divmod(found.stride, view.stride)
+            assert beside == 0
+            assert step % 2 == 1
+            assert found.inner == view.inner
+            assert found.rows == len(range(0, samples, step)) * view.inner
+            if not values or total <= values:
+                assert found == view
+            elif step < samples - 1:
+                assert found.rows * features < values + features * view.inner
+
+    def test_strides_stay_within_what_kernels_multiply(self) -> None:
+        found = thinned(View("last", 1 << 20, 1 << 16, 1), 1 << 16, 1 << 23)
+        assert found.stride < 1 << 22
+        assert thinned(View("last", 4, 1 << 23, 1), 8, 8) == View("last", 4, 1 << 23, 1)
+        assert thinned(View("channels_first", 1 << 20, 1 << 29, 1 << 19), 1 << 10, 1).stride < 1 << 30
 
 
 class TestWritten:
