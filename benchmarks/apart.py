@@ -204,7 +204,10 @@ def host(setting: Setting) -> Plan:
 def through(site: SeedSite, y: torch.Tensor) -> torch.Tensor:
     """What `SiteForward` does behind the layer's own forward."""
     measured = site.training and site.watch(y)
-    return site.join(y, None, True, measured) if site.mode else y
+    if not site.mode:
+        return y
+    joined = site.join_ready(y, True, measured)
+    return site.join(y, None, True, measured) if joined is None else joined
 
 
 MEASURED = ("issue_p50", "issue_p99", "sync_p50", "sync_p99")
