@@ -259,6 +259,12 @@ def check_host(host: object) -> None:
             raise UnsupportedHostError(
                 f"{where} has a child or an attribute named 'morphc', the name that sites live under: rename it"
             )
+        if vars(module).get("_compiled_call_impl") is not None:
+            where = f"{path!r} was" if path else "this model was"
+            raise UnsupportedHostError(
+                f"{where} compiled in place, by its compile(): set its _compiled_call_impl to None, "
+                "and call compile() on it again after morphc.compile"
+            )
     if isinstance(host, torch.jit.ScriptModule):
         raise UnsupportedHostError("this model is TorchScript: pass the nn.Module that it was scripted from")
     lazy = [n for n, p in host.named_parameters() if nn.parameter.is_lazy(p)]

@@ -42,6 +42,17 @@ class TestHosts:
         text = refused(nn.Sequential(nn.Linear(8, 8), torch.compile(Mlp())))
         assert text.startswith("'1' went through torch.compile already: put its _orig_mod back")
 
+    def test_one_compiled_in_place_is_to_be_set_back(self):
+        host = Mlp()
+        host.compile()
+        text = refused(host)
+        assert text.startswith("this model was compiled in place, by its compile(): set its _compiled_call_impl to None")
+        assert refused(nn.Sequential(nn.Linear(8, 8), host)).startswith("'1' was compiled in place")
+        host._compiled_call_impl = None
+        model = morphc.compile(host, (rows(),), config=FEW)
+        model.compile(backend="eager")
+        assert "morphc.detach(model)" in refused(model, AlreadyMorphedError)
+
     def test_one_wrapped_in_ddp_names_its_module(self, group):
         text = refused(nn.parallel.DistributedDataParallel(Mlp()))
         assert "wrapped in DistributedDataParallel: pass model.module, and wrap what" in text
