@@ -137,7 +137,10 @@ class Site:
 
     @cached_property
     def backward(self) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """`backward(dy, dx, stash)`: dx is written whole, the slots' gradients go to a buffer of their own."""
+        """`backward(dy, dx, stash)`: the slots' gradients go to a buffer of their own.
+
+        dx is written whole, where it isn't dy.
+        """
         return self.backward_with(self.config("backward"))
 
     def backward_with(self, config: TuneConfig) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -148,9 +151,11 @@ class Site:
         view, listed, params = self.view, self.active, self.params
 
         def call(dy: Tensor, dx: Tensor, stash: Tensor) -> None:
-            if not kernel.copies:
+            own = dx is dy
+            if not (own or kernel.copies):
                 dx.copy_(dy)
-            kernel(dy, view, dx, view, listed, params, stash, grads, copied=not kernel.copies)
+            copied = own or not kernel.copies
+            kernel(dy, view, dx, view, listed, params, stash, grads, copied=copied)
 
         return call
 
@@ -341,24 +346,18 @@ class Bench:
         return entries
 
     def backward(self) -> list[Entry]:
-        """The site's backward, which begins with the gradient as it came in."""
+        """The site's backward: in place, in a gradient that nobody else has, and into one of its own."""
         entries = []
         for fraction in FRACTIONS[1:]:
             site = self.site_at(fraction)
-            stash = self.stash(site)
-            dy, dx, backward = self.dy, self.y, site.backward
-
-            def call(
-                i: int,
-                backward: Callable[..., None] = backward,
-                stash: Buffers = stash,
-                dy: Buffers = dy,
-                dx: Buffers = dx,
-            ) -> None:
-                backward(dy[i], dx[i], stash[i])
-
-            moved = 2 * self.size + site.saved
-            entries.append(Entry("backward", self.variant(f"backward {percent(fraction)}", call), moved))
+            ways = (
+                ("backward own", self.dy, 2 * site.sectors + site.saved),
+                ("backward", self.y, 2 * self.size + site.saved),
+            )
+            for what, into, moved in ways:
+                name = f"{what} {percent(fraction)}"
+                call = _backward(site.backward, self.dy, into, self.stash(site))
+                entries.append(Entry("backward", self.variant(name, call), moved))
         return entries
 
     def train(self) -> list[Entry]:
@@ -423,8 +422,15 @@ class Bench:
         return rivals.slots_of(seeds, case.features, case.seeds, alpha, weights, self.setting.dtype)
 
     def finite(self) -> bool:
-        """Whether the activations still are what they were, more or less, after all that was done in place."""
-        return all(bool(one.float().abs().amax() < 100) for one in self.x.each)
+        """Whether activations and gradients still are about what they were, after all that was done in place."""
+        made = [vars(self)[name] for name in ("x", "dy") if name in vars(self)]
+        return all(bool(one.float().abs().amax() < 100) for buffers in made for one in buffers.each)
+
+
+def _backward(
+    backward: Callable[..., None], dy: Buffers, dx: Buffers, stash: Buffers
+) -> Callable[[int], object]:
+    return lambda i: backward(dy[i], dx[i], stash[i])
 
 
 def _eager(

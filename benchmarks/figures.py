@@ -110,7 +110,8 @@ def goals(case: Case) -> dict[str, list[Goal]]:
         found["site 10%"] += [Goal("compiled 10%", 1 / 4), Goal("eager 10%", 1 / 15)]
     if name in _BACKWARD:
         tenth, whole = _BACKWARD[name]
-        found |= {"backward 10%": [tenth], "backward 100%": [whole]}
+        for what in ("backward own", "backward"):
+            found |= {f"{what} 10%": [tenth], f"{what} 100%": [whole]}
     if case.seeds == 1024 and case.rows >= 1024:
         found["train 10%"] = [Goal("site 10%", 3)]
     return found
@@ -198,8 +199,10 @@ COLUMNS = (
     ("site 100%", "100%"),
     ("site+stash 10%", "st10%"),
     ("site+stash 100%", "st100%"),
-    ("backward 10%", "b10%"),
-    ("backward 100%", "b100%"),
+    ("backward own 10%", "b10%"),
+    ("backward own 100%", "b100%"),
+    ("backward 10%", "bc10%"),
+    ("backward 100%", "bc100%"),
     ("train 10%", "tr10%"),
     ("eager 10%", "eager"),
     ("compiled 10%", "comp"),

@@ -9,7 +9,8 @@ Parts of a shape, timed together so that all its figures share the same minutes 
 
     site       telemetry, its merge, the list of active seeds; active forward and the whole site (telemetry and
                active forward, in place) at 1, 10 and 100 % active, with and without a stash
-    backward   a copy of the gradient, then in place, gradients of all slots: 10 and 100 % active
+    backward   gradients of all slots and, in place, of the site's input (b10%, b100%), as where nobody else has the
+               gradient that came in; with a copy of that made on the way (bc10%, bc100%); 10 and 100 % active
     train      a reconstruction step of 10 % of the seeds with AdamW; AdamW alone
     rivals     eager, compiled, per_seed, linear, lora (see rivals.py)
 
@@ -110,7 +111,7 @@ def execute(job: Job, emit: workers.Emit) -> None:
 
     _run(job, plan, emit)
     if not job.warm and not bench.finite():
-        emit({"record": _failure(job, "site", "values", "the activations did not stay finite")})
+        emit({"record": _failure(job, "site", "values", "the activations or gradients did not stay finite")})
 
 
 def _run(job: Job, plan: Callable[[], Plan], emit: workers.Emit) -> None:
