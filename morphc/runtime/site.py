@@ -169,7 +169,8 @@ class SeedSite(nn.Module):
         banks = [bank for _, bank in self.slots.items()]
         self.taps = frozenset(bank.kind.tap for bank in banks)
         # Not the path: equal blocks, compiled one by one, are to share a graph.
-        plan = [self.features, self.seeds, self.feature_axis, self.epilogue]
+        # The ops' schemas: what a cache of the compiler kept from before a change of them isn't to be found.
+        plan = [*traced.SCHEMAS, self.features, self.seeds, self.feature_axis, self.epilogue]
         plan += [engine.spec_of_bank(self, bank).text() for bank in banks]
         self.key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
         cells: Cells | None = self.__dict__.get("cells")

@@ -10,13 +10,17 @@ What the backward needs goes with it in `kept`, a tensor of one byte over a stor
 are fixed and a dormant site is to keep nothing. Case 1: one byte, nothing is to be done. Case 2: an even number of
 bytes, the value as it came; the join is done again and differentiated. Case 3: an odd number, what the forward kernel
 put aside for the backward kernel. Gradients of slots go to the bank's leaves, as in eager mode.
+
+`morphc::mark` does nothing. It reads the value, so that AOTAutograd's partitioner knows that the value lies in memory,
+where it may as well be kept. It takes the results of other people's ops for something that is fused into what follows,
+and keeps that instead: of a language model's logits their logarithms, beside which the logits lie once more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -35,12 +39,14 @@ if TYPE_CHECKING:
     from morphc.runtime.site import SeedSite
 
 _library = torch.library.Library("morphc", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in (
+SCHEMAS: Final = (
     "site(Tensor y, Tensor? layer, Tensor? block, Tensor anchor, Tensor cell, str key, bool measure) -> Tensor",
     "join(Tensor(a!) y, Tensor? layer, Tensor? block, Tensor cell, str key, bool measure, bool save) -> Tensor",
-    "join_backward(Tensor(a!) grad, Tensor kept, Tensor? layer, Tensor? block, Tensor cell, str key, "
+    "mark(Tensor y) -> Tensor",
+    "join_backward(Tensor(a!) grad, Tensor kept, Tensor mark, Tensor? layer, Tensor? block, Tensor cell, str key, "
     "SymInt[] strides, bool wants_layer, bool wants_block) -> (Tensor, Tensor, Tensor)",
-):
+)
+for _schema in SCHEMAS:
     _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
@@ -58,17 +64,17 @@ class _Site(torch.autograd.Function):
     ) -> Tensor:
         out = y.clone(memory_format=torch.preserve_format)
         kept = torch.ops.morphc.join(out, layer, block, cell, key, measure, True)
-        ctx.save_for_backward(kept, layer, block, cell)
+        ctx.save_for_backward(kept, torch.ops.morphc.mark(out), layer, block, cell)
         ctx.key, ctx.strides = key, out.stride()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, layer, block, cell = ctx.saved_tensors
+        kept, mark, layer, block, cell = ctx.saved_tensors
         wants_y, wants_layer, wants_block, _ = ctx.needs_input_grad[:4]
         passed = grad.clone(memory_format=torch.preserve_format)
         token, d_layer, d_block = torch.ops.morphc.join_backward(
-            passed, kept, layer, block, cell, ctx.key, ctx.strides, wants_layer, wants_block
+            passed, kept, mark, layer, block, cell, ctx.key, ctx.strides, wants_layer, wants_block
         )
         return (
             passed,
@@ -210,6 +216,7 @@ def _laid(
 def _join_backward(
     grad: Tensor,
     kept: Tensor,
+    mark: Tensor,
     layer: Tensor | None,
     block: Tensor | None,
     cell: Tensor,
@@ -295,6 +302,10 @@ def _again(
     return None if layer is None else layer.grad, None if block is None else block.grad
 
 
+def _mark(y: Tensor) -> Tensor:
+    return _byte(y)
+
+
 def _join_fake(
     y: Tensor, layer: Tensor | None, block: Tensor | None, cell: Tensor, key: str, measure: bool, save: bool
 ) -> Tensor:
@@ -304,6 +315,7 @@ def _join_fake(
 def _join_backward_fake(
     grad: Tensor,
     kept: Tensor,
+    mark: Tensor,
     layer: Tensor | None,
     block: Tensor | None,
     cell: Tensor,
@@ -322,6 +334,7 @@ def _join_backward_fake(
 _library.impl("site", _site, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 for _name, _run, _fake in (
     ("join", _join, _join_fake),
+    ("mark", _mark, _mark),
     ("join_backward", _join_backward, _join_backward_fake),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -46,7 +46,9 @@ class TestHosts:
         host = Mlp()
         host.compile()
         text = refused(host)
-        assert text.startswith("this model was compiled in place, by its compile(): set its _compiled_call_impl to None")
+        assert text.startswith(
+            "this model was compiled in place, by its compile(): set its _compiled_call_impl to None"
+        )
         assert refused(nn.Sequential(nn.Linear(8, 8), host)).startswith("'1' was compiled in place")
         host._compiled_call_impl = None
         model = morphc.compile(host, (rows(),), config=FEW)

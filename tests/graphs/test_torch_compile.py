@@ -8,12 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 import morphc
 from morphc import Config, Lifecycle
@@ -154,6 +160,38 @@ def test_a_dormant_graph_is_the_hosts_own_bit_for_bit() -> None:
     assert torch.equal(x.grad, y.grad)
 
 
+def kept_for_the_backward(model: nn.Module) -> list[str]:
+    """What makes the values that a compiled forward of 512 classes keeps, of those with a number for each class."""
+    found: list[torch.fx.Node] = []
+
+    def forward(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        (out,) = (node for node in graph.graph.nodes if node.op == "output")
+        found.extend(node for node in out.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), target)
+
+    torch.compile(loss, fullgraph=True, backend=backend)(torch.randn(8, 16), torch.arange(8)).backward()
+    wide = [node for node in found if 512 in node.meta["val"].shape and 8 in node.meta["val"].shape]
+    return [str(node.target) for node in wide]
+
+
+def test_a_graph_keeps_the_sites_value_and_nothing_made_of_it() -> None:
+    host = nn.Sequential(nn.Linear(16, 512, bias=False))
+    model = morphc.compile(host, (torch.randn(8, 16),), config=Config(seeds_per_layer=4), verify=False)
+    assert kept_for_the_backward(host) == ["aten.mm.default"]
+    (kept,) = kept_for_the_backward(model)
+    assert kept == "<built-in function getitem>"
+
+
 @pytest.mark.parametrize("name", ["mlp", "vit", "resnet", "gpt2", "grow_mlp"])
 def test_examples_are_one_graph_forward_and_backward(name: str) -> None:
     given = load_model(str(EXAMPLES / f"{name}.py"))
@@ -288,8 +326,9 @@ def test_the_ops_pass_opcheck() -> None:
     given = (y.requires_grad_(), None, None, anchor, site.cell, site.key, False)
     torch.library.opcheck(torch.ops.morphc.site.default, given, test_utils=tests)
     kept = torch.ops.morphc.join(y.detach().clone(), None, None, site.cell, site.key, False, True)
-    grad = torch.randn(6, 32)
-    given = (grad, kept, None, None, site.cell, site.key, [32, 1], False, False)
+    torch.library.opcheck(torch.ops.morphc.mark.default, (y.detach(),), test_utils=tests)
+    grad, mark = torch.randn(6, 32), torch.ops.morphc.mark(y.detach())
+    given = (grad, kept, mark, None, None, site.cell, site.key, [32, 1], False, False)
     torch.library.opcheck(torch.ops.morphc.join_backward.default, given, test_utils=tests)
 
 
